@@ -9,15 +9,15 @@ __all__ = ['magnitude', 'random_scores', 'gradient']
 import torch
 from torch import Tensor
 
-# %% ../nbs/04_criteria.ipynb #6bdfda4d
+# %% ../nbs/04_criteria.ipynb #8ead8509
 def magnitude(param:Tensor, # Any parameter
               **_)->Tensor: # Scores of its shape
     "The weight's absolute value"
     return param.detach().abs()
 
 def random_scores(param:Tensor, # Any parameter
-           generator:torch.Generator, # Source of the randomness, on the CPU
-           **_)->Tensor: # Scores of its shape, uniform in [0,1)
+                  generator:torch.Generator, # Source of the randomness, on the CPU
+                  **_)->Tensor: # Scores of its shape, uniform in [0,1)
     "A random score, the same for every run with the same `generator`"
     return torch.rand(param.shape, generator=generator).to(param.device)
 

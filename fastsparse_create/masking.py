@@ -35,7 +35,7 @@ def mask_tensors(tensors:list, # Tensors to change in place
     "Set the masked elements of `tensors` to 0"
     if tensors: torch._foreach_mul_(tensors, [_factor(m,t) for t,m in zip(tensors,masks)])
 
-# %% ../nbs/05_masking.ipynb #b091e62f
+# %% ../nbs/05_masking.ipynb #6cc43217
 @dataclass(eq=False)
 class MaskedParam:
     "A parameter with its mask; `owners` are the `(module, attribute)` pairs that hold them"
@@ -45,6 +45,9 @@ class MaskedParam:
     def mask(self):
         module,attr = self.owners[0]
         return module._buffers[f'{attr}_mask']
+
+    @property
+    def is_enforced(self): return is_enforced(self.owners[0][0])
 
 def masked_params(model:nn.Module, # Any model
                  )->list: # A `MaskedParam` for each masked parameter, in model order
