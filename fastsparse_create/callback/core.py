@@ -32,12 +32,13 @@ def _is_trusted(learn, params):
     known = all(type(cb).__module__.split('.')[0] in ('fastai','fastsparse_create') for cb in learn.cbs)
     return known and all(id(p.param) in held for p in params) and _keeps_zeros(learn.opt)
 
-# %% ../../nbs/10_callback.core.ipynb #2071d60c
+# %% ../../nbs/10_callback.core.ipynb #240e225b
 class MaskEnforcer(Callback):
     "Keeps masked weights and their momentum at 0, masks gradients, and reports the measured `sparsity`"
     order = 10.5  # gradients are complete and unscaled after MixedPrecision (10), and not yet clipped (11)
     def before_fit(self):
         self._trusted = False
+        if hasattr(self.learn, 'recorder'): self.learn.recorder.sparsities = []
         self.learn.metrics = self._other_metrics() + [ValueMetric(self.sparsity, 'sparsity')]
 
     def _other_metrics(self): return [m for m in self.learn.metrics if getattr(m,'func',None)!=self.sparsity]
@@ -49,8 +50,9 @@ class MaskEnforcer(Callback):
         self._trusted = _is_trusted(self.learn, self._params)
 
     def refresh(self):
-        "Take note of masks that were attached or released"
+        "Take note of masks that were attached, changed or released"
         self._params = [p for p in masked_params(self.model) if p.is_enforced]
+        self._measured = self.sparsity()
 
     def _mask_all(self):
         mask_tensors([p.param for p in self._params], [p.mask for p in self._params])
@@ -68,6 +70,9 @@ class MaskEnforcer(Callback):
 
     def after_step(self):
         if not self._trusted: self._mask_all()
+
+    def after_batch(self):
+        if self.training and hasattr(self.learn, 'recorder'): self.learn.recorder.sparsities.append(self._measured)
 
     def after_fit(self): self.learn.metrics = self._other_metrics()
 

@@ -16,7 +16,7 @@ from ..masks.structured import *
 from ..schedule import *
 from ..selection import *
 
-# %% ../../nbs/11_callback.pruning.ipynb #d532fd6e
+# %% ../../nbs/11_callback.pruning.ipynb #675eec3a
 class PruningModifier(Modifier, abstract=True):
     "Owns the masks of `params` between `start_epoch` and `end_epoch`"
     def __init__(self, params, start_epoch, end_epoch, update_frequency, leave_enabled):
@@ -36,6 +36,7 @@ class PruningModifier(Modifier, abstract=True):
         "Replace the masks, zero what they mask, and clear the optimizer's memory of it"
         for p,mask in zip(self._params, masks): set_mask(p, mask)
         mask_optimizer(self.opt, self._params)
+        self.learn.mask_enforcer.refresh()
 
     def release(self):
         "Let masked weights train again; the masks stay readable"
