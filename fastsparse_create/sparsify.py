@@ -15,7 +15,7 @@ from .masks.core import *
 from .masks.structured import *
 from .selection import *
 
-# %% ../nbs/15_sparsify.ipynb #8d0e7229
+# %% ../nbs/15_sparsify.ipynb #8c817dfb
 class MaskHook:
     "Keeps the mask of one parameter enforced until `remove` is called"
     def __init__(self, model, param): self.model,self.param = model,param
@@ -37,7 +37,6 @@ def sparsify_model(model, # Model, or `Learner`
     "Mask a share of the weights of a model, exactly `round(numel*sparsity)` in each parameter"
     learn,model = (model,model.model) if hasattr(model, 'add_cb') else (None,model)
     sites,generator = list(select(model, params).values()),torch.Generator().manual_seed(seed)
-    if not sites: raise ValueError(f"the model has no parameter that is prunable; name what to mask by params")
     sparsities = _sparsities(sparse_init_f, sites, sparsity)
     calculator = get_mask_type(mask_type)
     masks = [calculator(criterion(s.param, generator=generator), share) for s,share in zip(sites, sparsities)]
