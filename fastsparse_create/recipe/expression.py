@@ -6,13 +6,14 @@
 __all__ = ['MAX_EXPRESSION', 'MAX_NESTING', 'MAX_DIGITS', 'RecipeError', 'located', 'did_you_mean', 'short_repr', 'evaluate',
            'resolve', 'resolve_variables']
 
-# %% ../../nbs/20_recipe.expression.ipynb #f27279fe
-import ast,math,operator,reprlib
+# %% ../../nbs/20_recipe.expression.ipynb #d930f735
+import ast,math,operator,re,reprlib
 from collections import ChainMap
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache
 from graphlib import CycleError,TopologicalSorter
+from keyword import iskeyword
 
 # %% ../../nbs/20_recipe.expression.ipynb #8d36f4ab
 class RecipeError(ValueError):
@@ -58,14 +59,14 @@ def _round(a, *digits):
 _binary[ast.Pow] = _power
 _functions = dict(abs=abs, float=float, int=int, max=max, min=min, round=_round)
 
-# %% ../../nbs/20_recipe.expression.ipynb #11544e76
+# %% ../../nbs/20_recipe.expression.ipynb #021ba3b5
 def _number(v):
     if isinstance(v, bool): return int(v)
     if not isinstance(v, (int,float)): raise RecipeError(f"needs numbers, and {short_repr(v)} is of type {type(v).__name__}")
     if v!=v or abs(v)>10**MAX_DIGITS: raise RecipeError(f"leads to a number that is not finite or has more than {MAX_DIGITS} digits")
     return v
 
-def _unknown(name, names): return RecipeError(f"uses the unknown variable {name!r}{did_you_mean(name, names)}")
+def _unknown(name, names): return RecipeError(f"uses the unknown variable {short_repr(name)}{did_you_mean(name, names)}")
 
 def _walk(node, names, depth=0):
     if depth>MAX_NESTING: raise RecipeError(f"is nested deeper than {MAX_NESTING} levels")
@@ -114,15 +115,14 @@ def resolve(value, # Anything that a recipe holds
     "Replace `eval(...)` in `value`, in lists and dicts too"
     return _each_eval(value, lambda x: _value(x, variables))
 
-# %% ../../nbs/20_recipe.expression.ipynb #f23b6a4f
+# %% ../../nbs/20_recipe.expression.ipynb #6c86f9cc
 def _names_in(expr):
-    return {n.id for n in ast.walk(_parse(expr)) if isinstance(n, ast.Name)}
+    return {o for o in re.findall(r'(?<![\w.])[^\W\d]\w*', expr) if not iskeyword(o)}
 
 def _reads(expr, name, variables, outer):
     "The variables that must be known before `name` can evaluate `expr`"
     if expr in outer: return set()
-    try: used = {expr} if expr in variables else _names_in(expr)
-    except RecipeError as e: raise RecipeError(f"{short_repr(f'eval({expr})')} {e}") from None
+    used = {expr} if expr in variables else _names_in(expr)
     lost = sorted(o for o in used if o not in variables and o not in outer and o not in _functions)
     if lost: raise RecipeError(f"{short_repr(f'eval({expr})')} {_unknown(lost[0], [*variables, *outer])}")
     return {o for o in used if o in variables and not (o==name and o in outer)}

@@ -108,7 +108,7 @@ def _scalar(node):
     try: return _scalars[node.tag](node.value)
     except (KeyError,ValueError): _fail(node, f"{short_repr(node.value)} is no {node.tag.removeprefix(_core)} that a recipe can hold")
 
-# %% ../../nbs/21a_recipe.loader.ipynb #0bd6d414
+# %% ../../nbs/21a_recipe.loader.ipynb #84e5ccc2
 class_name = rf'[^\W\d]\w{{0,{MAX_NAME}}}'
 
 def _check_depth(node, depth):
@@ -127,7 +127,7 @@ def _modifier(node, depth):
     tag = node.tag[1:].removeprefix('pytorch.')
     if isinstance(node, yaml.ScalarNode) and node.value in ('', '~', 'null'): args = Block()
     elif isinstance(node, yaml.MappingNode): args = _block(node, depth)
-    else: _fail(node, f"{tag}: expected arguments like 'start_epoch: 0', got a {'list' if isinstance(node, yaml.SequenceNode) else 'text'}")
+    else: raise RecipeError(f"{_at(node)}, {tag}: expected arguments like 'start_epoch: 0', got a {'list' if isinstance(node, yaml.SequenceNode) else 'text'}")
     return ModifierData(tag, args, node.start_mark.line+1, arg_lines=args.lines)
 
 def _block(node, depth):
@@ -149,7 +149,12 @@ def _put(block, k, v, depth):
     if key in block: _fail(k, f"{key!r} is given twice, first on line {block.lines[key]}")
     block[key],block.lines[key] = _build(v, depth+1),k.start_mark.line+1
 
-# %% ../../nbs/21a_recipe.loader.ipynb #a409e5ea
+# %% ../../nbs/21a_recipe.loader.ipynb #f3ad4cfd
+def _problem(e):
+    "PyYAML's sentence, and what it usually means"
+    said = ', '.join(o for o in (e.context, e.problem) if o and (o==e.problem or o.startswith('expected')))
+    return said + ('; is this line indented like its neighbours?' if '<block end>' in said or 'mapping values' in said else '')
+
 def load_yaml(text:str, # YAML of one document
               source:str='<string>', # Its name in messages
               line:int=1, # Line of `source` that `text` starts at
@@ -157,13 +162,14 @@ def load_yaml(text:str, # YAML of one document
     "Load YAML safely; every error is a `RecipeError` that names the line"
     if len(text)>MAX_CHARS: raise RecipeError(f"{source}: the recipe has {len(text):,} characters, and at most {MAX_CHARS:,} are read")
     try:
-        node = _Loader(text, source, line).get_single_node()
+        loader = _Loader(text, source, line)
+        node = loader.get_single_node()
         return None if node is None else _build(node)
     except RecipeError: raise
-    except yaml.MarkedYAMLError as e: at,problem = e.problem_mark or e.context_mark,e.problem or e.context
+    except yaml.MarkedYAMLError as e: at,problem = e.problem_mark or e.context_mark,_problem(e)
     except yaml.reader.ReaderError as e: raise RecipeError(f"{source}, line {line+text.count(chr(10), 0, e.position)}: a character that no text holds, {short_repr(chr(e.character))}") from None
-    except (ValueError,OverflowError) as e: raise RecipeError(f"{source}: no valid YAML: {e}") from None  # '\\UFFFFFFFF' and other numbers that PyYAML trusts
-    raise RecipeError(f"{source}, line {at.line+1}: no valid YAML: {problem}") from None
+    except (ValueError,OverflowError) as e: raise RecipeError(f"{source}, line {loader.line+1}: no valid YAML: {e}") from None  # '\\UFFFFFFFF' and other numbers that PyYAML trusts
+    raise RecipeError(f"{source}, line {at.line+1}: no valid YAML: {problem}")
 
 # %% ../../nbs/21a_recipe.loader.ipynb #0c920a34
 def front_matter(text:str, # Markdown

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_FILE', 'MAX_PAIRS', 'RecipeData', 'parse_recipe', 'read_recipe', 'dump_recipe', 'max_epochs', 'min_epochs',
-           'shift', 'compose']
+           'shift', 'compose', 'RecipeError', 'ModifierData']
 
 # %% ../../nbs/21_recipe.parse.ipynb #523c3033
 import json,math,re
@@ -28,7 +28,9 @@ class RecipeData:
     @property
     def is_staged(self)->bool: return list(self.stages)!=['']
 
-# %% ../../nbs/21_recipe.parse.ipynb #a5b0d9a2
+# %% ../../nbs/21_recipe.parse.ipynb #cc29416c
+_all_ = ['RecipeError','ModifierData']
+
 MAX_FILE,MAX_PAIRS = 1_000_000,100
 
 # %% ../../nbs/21_recipe.parse.ipynb #591fe037
@@ -53,12 +55,12 @@ def _item(item, group, place):
     if _is_named(item): return next(_named(t, a, _line(item, t), place) for t,a in item.items())
     raise RecipeError(f"{place}: {group!r} must list modifiers such as '!GMPruningModifier', got {short_repr(item)}")
 
-# %% ../../nbs/21_recipe.parse.ipynb #4ee1fea3
+# %% ../../nbs/21_recipe.parse.ipynb #4315b57d
 def _group(name, value, source, line):
     "The modifiers of one group"
     place = _place(source, line)
     if isinstance(value, dict): mods = [_named(t, a, _line(value, t), place) for t,a in value.items()]
-    elif isinstance(value, list): mods = [_item(o, name, place) for o in value]
+    elif isinstance(value, (list,ModifierData)): mods = [_item(o, name, place) for o in (value if isinstance(value, list) else [value])]
     elif value is None: mods = []
     else: raise RecipeError(f"{place}: {name!r} must be a list of modifiers, got {short_repr(value)}")
     for m in mods:
@@ -69,15 +71,21 @@ def _group(name, value, source, line):
 
 def _looks_like_modifier(item): return isinstance(item, ModifierData) or _is_named(item) and next(iter(item)).endswith('Modifier')
 
-def _check_name(name, value, place):
+def _check_no_group(name, value, place):
     "Refuse what was meant to be a group"
-    if not isinstance(name, str) or not name: raise RecipeError(f"{place}: the name {short_repr(name)} must be a text; write it in quotes")
     if 'modifiers' in name.lower(): raise RecipeError(f"{place}: {name!r} must be written {name.lower()!r}")
     if any(map(_looks_like_modifier, value if isinstance(value, list) else [value])):
         hint = did_you_mean(name, ['modifiers', 'pruning_modifiers', 'training_modifiers', 'quantization_modifiers'])
         raise RecipeError(f"{place}: {name!r} holds modifiers, whose list needs a name that contains 'modifiers'{hint or f', like {name}_modifiers'}")
 
-# %% ../../nbs/21_recipe.parse.ipynb #5020ecf5
+def _check_variable(name, value, source, line):
+    if not isinstance(name, str) or not name: raise RecipeError(f"{_place(source, line)}: the name {short_repr(name)} must be a text; write it in quotes")
+    _check_no_group(name, value, _place(source, line))
+    if not isinstance(value, dict): return
+    for k,v in value.items():
+        if isinstance(k, str): _check_no_group(k, v, _place(source, _line(value, k), name))
+
+# %% ../../nbs/21_recipe.parse.ipynb #aae15f65
 def _split(block, source):
     "The modifiers, the variables and the metadata of a recipe, or of one of its stages"
     mods,names,meta = [],Block(),{}
@@ -86,7 +94,7 @@ def _split(block, source):
         if k=='__metadata__': meta = _metadata(v, _place(source, line))
         elif _is_group(k) and not _is_stage(v): mods += _group(k, v, source, line)
         else:
-            if not _is_group(k): _check_name(k, v, _place(source, line))
+            if not _is_stage(v): _check_variable(k, v, source, line)
             names[k],names.lines[k] = v,line
     return mods,names,meta
 
