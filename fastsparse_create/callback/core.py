@@ -32,12 +32,12 @@ def _is_trusted(learn, params):
     known = all(type(cb).__module__.split('.')[0] in ('fastai','fastsparse_create') for cb in learn.cbs)
     return known and all(id(p.param) in held for p in params) and _keeps_zeros(learn.opt)
 
-# %% ../../nbs/10_callback.core.ipynb #240e225b
+# %% ../../nbs/10_callback.core.ipynb #52a2785d
 class MaskEnforcer(Callback):
     "Keeps masked weights and their momentum at 0, masks gradients, and reports the measured `sparsity`"
     order = 10.5  # gradients are complete and unscaled after MixedPrecision (10), and not yet clipped (11)
     def before_fit(self):
-        self._trusted = False
+        self._trusted,self._released = False,[]
         if hasattr(self.learn, 'recorder'): self.learn.recorder.sparsities = []
         self.learn.metrics = self._other_metrics() + [ValueMetric(self.sparsity, 'sparsity')]
 
@@ -62,14 +62,21 @@ class MaskEnforcer(Callback):
         if self._trusted: vouch(self.model)
 
     def before_backward(self): gradients_managed(True)
-    def after_backward(self): gradients_managed(False)
+
+    def after_backward(self):
+        gradients_managed(False)
+        for p in self._released:
+            if p.grad is None and p.requires_grad: p.grad = torch.zeros_like(p)
+        self._released = []
 
     def before_step(self):
         live = [p for p in self._params if p.param.grad is not None]
         mask_tensors([p.param.grad for p in live], [p.mask for p in live])
 
     def after_step(self):
-        if not self._trusted: self._mask_all()
+        if not self._trusted: return self._mask_all()
+        self._released = [p.param for p in self._params if p.param.grad is not None]
+        for p in self._released: p.grad = None
 
     def after_batch(self):
         if self.training and hasattr(self.learn, 'recorder'): self.learn.recorder.sparsities.append(self._measured)

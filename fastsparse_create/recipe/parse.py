@@ -55,7 +55,7 @@ def _item(item, group, place):
     if _is_named(item): return next(_named(t, a, _line(item, t), place) for t,a in item.items())
     raise RecipeError(f"{place}: {group!r} must list modifiers such as '!GMPruningModifier', got {short_repr(item)}")
 
-# %% ../../nbs/21_recipe.parse.ipynb #4315b57d
+# %% ../../nbs/21_recipe.parse.ipynb #d49ec40f
 def _group(name, value, source, line):
     "The modifiers of one group"
     place = _place(source, line)
@@ -80,12 +80,13 @@ def _check_no_group(name, value, place):
 
 def _check_variable(name, value, source, line):
     if not isinstance(name, str) or not name: raise RecipeError(f"{_place(source, line)}: the name {short_repr(name)} must be a text; write it in quotes")
+    if _is_stage(value): return
     _check_no_group(name, value, _place(source, line))
     if not isinstance(value, dict): return
     for k,v in value.items():
         if isinstance(k, str): _check_no_group(k, v, _place(source, _line(value, k), name))
 
-# %% ../../nbs/21_recipe.parse.ipynb #aae15f65
+# %% ../../nbs/21_recipe.parse.ipynb #8c02c89e
 def _split(block, source):
     "The modifiers, the variables and the metadata of a recipe, or of one of its stages"
     mods,names,meta = [],Block(),{}
@@ -94,7 +95,7 @@ def _split(block, source):
         if k=='__metadata__': meta = _metadata(v, _place(source, line))
         elif _is_group(k) and not _is_stage(v): mods += _group(k, v, source, line)
         else:
-            if not _is_stage(v): _check_variable(k, v, source, line)
+            _check_variable(k, v, source, line)
             names[k],names.lines[k] = v,line
     return mods,names,meta
 
