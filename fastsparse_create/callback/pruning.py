@@ -53,7 +53,7 @@ def _refuse_overlaps(learn):
                 raise ValueError(f"{type(a).__name__} (epochs {a0:g} to {a1:g}) and {type(b).__name__} (epochs {b0:g} to {b1:g}) "
                                  f"both prune {both[0]!r}: give them different params, or windows that don't overlap")
 
-# %% ../../nbs/11_callback.pruning.ipynb #5d23ee7f
+# %% ../../nbs/11_callback.pruning.ipynb #d74cc6c7
 _other_scores = {'movement':'MovementPruningModifier', 'MFAC':'MFACPruningModifier', 'OBS':'OBSPruningModifier', 'topkast':'TopKASTPruningModifier'}
 
 class GMPruningModifier(PruningModifier):
@@ -126,7 +126,7 @@ class GMPruningModifier(PruningModifier):
         return global_masks(scores, sum(t*n for t,n in zip(sparsities,sizes))/sum(sizes), self._calculator)
 
 def _nan_checked(name, scores):
-    if scores.sum().isnan() and scores.isnan().any(): raise ValueError(f"{name}: holds NaN, so that its weights can't be ranked")
+    if scores.numel() and scores.amax().isnan(): raise ValueError(f"{name}: holds NaN, so that its weights can't be ranked")
     return scores
 
 # %% ../../nbs/11_callback.pruning.ipynb #0ad34797

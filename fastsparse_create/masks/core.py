@@ -10,13 +10,17 @@ import re,numpy as np,torch
 from difflib import get_close_matches
 from torch import Tensor
 
-# %% ../../nbs/00_masks.core.ipynb #3d605b6d
+# %% ../../nbs/00_masks.core.ipynb #247d5738
 _SAMPLE,_CHUNK = 1<<15,1<<17
+
+def _refuse_nan(highest):
+    if np.isnan(highest): raise ValueError("scores hold NaN")
 
 def _top(scores, # 1-D array of scores
          n, # How many to choose
         )->np.ndarray: # Boolean array with exactly `n` True: the highest, among equals those of lowest index
     "Choose the `n` highest of `scores`"
+    if len(scores): _refuse_nan(scores.max())
     if n<=0 or n>=len(scores): return np.full(len(scores), n>0)
     kth = len(scores)-n
     threshold = np.partition(scores, kth)[kth]
@@ -34,6 +38,7 @@ def _top_sampled(scores, n):
     chosen,unsure = np.empty(size, bool),[]
     for i in range(0, size, _CHUNK):
         chunk,above = scores[i:i+_CHUNK],chosen[i:i+_CHUNK]
+        _refuse_nan(chunk.max())
         np.greater(chunk, hi, out=above)
         unsure.append(np.flatnonzero((chunk>=lo)!=above)+i)
     unsure = np.concatenate(unsure)
@@ -42,7 +47,7 @@ def _top_sampled(scores, n):
     chosen[unsure[_top(scores[unsure], missing)]] = True
     return chosen
 
-# %% ../../nbs/00_masks.core.ipynb #2dc75cf4
+# %% ../../nbs/00_masks.core.ipynb #7d2fb902
 def n_zeros(numel:int, # Number of elements (or of groups that are pruned as one)
             sparsity:float, # Share of zeros, in [0,1]
            )->int: # `round(numel*sparsity)`
@@ -55,7 +60,6 @@ def keep_highest(scores:Tensor, # Scores of any shape and real dtype, higher is 
                 )->Tensor: # Boolean mask of the same shape with exactly `n_zero` False; among equal scores the lowest index is kept
     "Mask the `n_zero` lowest `scores`; raises `ValueError` if a score is NaN"
     flat = scores.detach().flatten()
-    if torch.isnan(flat.sum(dtype=torch.float64)) and flat.isnan().any(): raise ValueError("scores hold NaN")
     n = flat.numel()-n_zero
     if flat.is_cuda: keep = _top_cuda(flat, n)
     else:
@@ -65,6 +69,7 @@ def keep_highest(scores:Tensor, # Scores of any shape and real dtype, higher is 
 
 def _top_cuda(scores, n):
     "`_top` on the device of `scores`"
+    if scores.isnan().any(): raise ValueError("scores hold NaN")
     if n<=0 or n>=len(scores): return torch.full_like(scores, n>0, dtype=torch.bool)
     threshold = scores.kthvalue(len(scores)-n+1).values
     chosen,ties = scores>threshold,scores==threshold
