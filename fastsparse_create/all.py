@@ -16,3 +16,5 @@ from .sparsify import *
 from .recipe.expression import RecipeError
 from .recipe.compile import *
 from .recipe.generate import *
+from .report import *
+from .plots import *

@@ -95,7 +95,7 @@ def _draw_bars(ax, modifiers, colors, n_epoch):
     ax.set_yticks(range(len(modifiers)), [type(m).__name__.removesuffix('Modifier') for m in modifiers], fontsize='small')
     ax.set_ylim(len(modifiers)-.5, -.5)
 
-# %% ../nbs/31_plots.ipynb #235a0eb1
+# %% ../nbs/31_plots.ipynb #3ca4e208
 def plot_schedule(modifiers, # A `Recipe`, or a list of modifiers
                   n_epoch:float=None, # Epochs of training; default: until the last modifier ends
                   n_iter:int=100, # Batches in an epoch
@@ -114,6 +114,12 @@ def plot_schedule(modifiers, # A `Recipe`, or a list of modifiers
     _draw_bars(panels[-1], modifiers, colors, n_epoch)
     panels[-1].set(xlabel='epoch', xlim=(0,n_epoch))
     return ax
+
+
+@patch
+def plot(self:Recipe, n_epoch:float=None, n_iter:int=100, lr:float=defaults.lr, ax=None):
+    "Draw what the recipe will do, see `plot_schedule`"
+    return plot_schedule(self, n_epoch, n_iter, lr, ax)
 
 # %% ../nbs/31_plots.ipynb #32ad8bdf
 @patch

@@ -38,16 +38,17 @@ _uses = {'Linear':_uses_last, 'Conv1D':_uses_last, 'Bilinear':_uses_last, '_Conv
 
 def _rule(module): return next((_uses[c.__name__] for c in type(module).__mro__ if c.__name__ in _uses), None)
 
-# %% ../nbs/30_report.ipynb #1c80093b
+# %% ../nbs/30_report.ipynb #fce40048
 @contextmanager
 def _inference(model):
     "`model` in eval mode, without gradients; its modes and all random states are restored"
-    modes,is_fast = [(m,m.training) for m in model.modules()],torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # fused transformer layers wouldn't call their modules
+    modes = [(m,m.training) for m in model.modules()]
+    nested = [m for m in model.modules() if getattr(m, 'use_nested_tensor', False)]
+    for m in nested: m.use_nested_tensor = False  # padded tokens are computed in training, and count
     try:
         with torch.no_grad(), no_random(): yield model.eval()
     finally:
-        torch.backends.mha.set_fastpath_enabled(is_fast)
+        for m in nested: m.use_nested_tensor = True
         for m,training in modes: m.training = training
 
 def _count_flops(model, xb):

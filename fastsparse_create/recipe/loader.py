@@ -108,8 +108,8 @@ def _scalar(node):
     try: return _scalars[node.tag](node.value)
     except (KeyError,ValueError): _fail(node, f"{short_repr(node.value)} is no {node.tag.removeprefix(_core)} that a recipe can hold")
 
-# %% ../../nbs/21a_recipe.loader.ipynb #84e5ccc2
-class_name = rf'[^\W\d]\w{{0,{MAX_NAME}}}'
+# %% ../../nbs/21a_recipe.loader.ipynb #6d2292b8
+class_name = f'[A-Za-z_][A-Za-z0-9_]{{0,{MAX_NAME}}}'
 
 def _check_depth(node, depth):
     if depth>MAX_DEPTH: _fail(node, f"values are nested deeper than {MAX_DEPTH} levels")

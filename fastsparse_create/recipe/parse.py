@@ -33,7 +33,7 @@ _all_ = ['RecipeError','ModifierData']
 
 MAX_FILE,MAX_PAIRS = 1_000_000,100
 
-# %% ../../nbs/21_recipe.parse.ipynb #591fe037
+# %% ../../nbs/21_recipe.parse.ipynb #6113cb35
 def _place(source, line, *names):
     "`'recipe.yaml, line 3, GMPruningModifier'`"
     return ', '.join([source, *([f'line {line}'] if line else []), *names])
@@ -52,16 +52,19 @@ def _named(tag, args, line, place):
 
 def _item(item, group, place):
     if isinstance(item, ModifierData): return item
-    if _is_named(item): return next(_named(t, a, _line(item, t), place) for t,a in item.items())
+    if _is_named(item):
+        (tag,args), = item.items()
+        return _named(tag, args, _line(item, tag), place)
     raise RecipeError(f"{place}: {group!r} must list modifiers such as '!GMPruningModifier', got {short_repr(item)}")
 
-# %% ../../nbs/21_recipe.parse.ipynb #d49ec40f
+# %% ../../nbs/21_recipe.parse.ipynb #4d5e4d15
 def _group(name, value, source, line):
     "The modifiers of one group"
     place = _place(source, line)
+    if value is None: value = []
+    if isinstance(value, ModifierData): value = [value]
     if isinstance(value, dict): mods = [_named(t, a, _line(value, t), place) for t,a in value.items()]
-    elif isinstance(value, (list,ModifierData)): mods = [_item(o, name, place) for o in (value if isinstance(value, list) else [value])]
-    elif value is None: mods = []
+    elif isinstance(value, list): mods = [_item(o, name, place) for o in value]
     else: raise RecipeError(f"{place}: {name!r} must be a list of modifiers, got {short_repr(value)}")
     for m in mods:
         m.group = name
@@ -104,10 +107,11 @@ def _metadata(value, place):
     if not isinstance(value, dict): raise RecipeError(f"{place}: '__metadata__' must be a mapping, got {short_repr(value)}")
     with located(f'{place}, __metadata__'): return plain(value)
 
-# %% ../../nbs/21_recipe.parse.ipynb #12717d1a
+# %% ../../nbs/21_recipe.parse.ipynb #1a6e1a4c
 def _overrides(given):
     if not isinstance(given, (dict,str)): raise TypeError(f"variables: expected a dict, JSON or 'name=value,name=value', got {type(given).__name__}")
     with located('variables'):
+        if len(given)>MAX_CHARS: raise RecipeError(f"longer than {MAX_CHARS:,}")
         if isinstance(given, str): given = _from_json(given) if given.lstrip().startswith('{') else _from_pairs(given)
         return plain(given)
 
@@ -122,9 +126,9 @@ def _from_pairs(text):
     return {p[1].strip():load_yaml(p[2], p[1].strip()) for p in pairs}
 
 def _override(given, levels, source):
-    known = list(dict.fromkeys(n for names in levels for n in names))
+    known = dict.fromkeys(n for names in levels for n in names)
     for k,v in given.items():
-        if k not in known: raise RecipeError(f"{source}: the recipe defines no variable {short_repr(k)}, but {short_repr(known)}{did_you_mean(str(k), known)}")
+        if k not in known: raise RecipeError(f"{source}: the recipe defines no variable {short_repr(k)}, but {short_repr(list(known))}{did_you_mean(str(k), known)}")
         for names in levels:
             if k in names: names[k] = v
 
@@ -233,7 +237,7 @@ def _flow(v):
     if isinstance(v, dict): return '{'+', '.join(f'{_flow(k)}: {_flow(o)}' for k,o in v.items())+'}'
     return str(v)
 
-# %% ../../nbs/21_recipe.parse.ipynb #3b271afc
+# %% ../../nbs/21_recipe.parse.ipynb #cc6ad383
 def _dump_modifier(m):
     return '\n'.join([f'    - !{m.tag}', *(f'        {_flow(k)}: {_flow(v)}' for k,v in sorted(m.args.items()) if v is not None)])
 
@@ -247,7 +251,7 @@ def _dump_metadata(meta):
 
 def dump_recipe(data:RecipeData)->str: # YAML
     "Text of `data` that parses back to the same modifiers and metadata"
-    of_stage = {s:v for s,v in data.metadata.items() if data.is_staged and s in data.stages and isinstance(v, dict)}
+    of_stage = {s:v for s,v in data.metadata.items() if data.is_staged and s in data.stages and v and isinstance(v, dict)}
     parts = ['version: 1.1.0', *_dump_metadata({k:v for k,v in data.metadata.items() if k not in of_stage})]
     for s,mods in data.stages.items():
         block = '\n\n'.join(_dump_metadata(of_stage.get(s)) + _dump_groups(mods))
