@@ -12,10 +12,9 @@ from ..criteria import *
 from ..masking import *
 from ..masks.core import *
 
-# %% ../../nbs/14_callback.dynamic.ipynb #b492e28e
-class DynamicSparseTrainingCallback(Callback):
+# %% ../../nbs/14_callback.dynamic.ipynb #e6af4863
+class DynamicSparseTrainingCallback(TrainingCallback):
     "Drops and grows connections of a model that `sparsify_model` made sparse"
-    order,run_valid = 10.2,False  # gradients are complete and unscaled, and MaskEnforcer (10.5) has not masked them yet
     def __init__(self,
                  keep_f=magnitude, # Score of connections to keep: `(param, **context) -> scores`
                  grow_f=gradient, # Score of connections to grow: `(param, grad, generator) -> scores`
@@ -31,9 +30,8 @@ class DynamicSparseTrainingCallback(Callback):
         store_attr()
 
     def before_fit(self):
-        self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
         self._params = masked_params(self.model)
-        if self.run and not self._params: raise ValueError(f"{type(self).__name__}: the model has no masks, call sparsify_model first")
+        if not self._params: raise ValueError(f"{type(self).__name__}: the model has no masks, call sparsify_model first")
         self._count,self._stepped,self._generator = 0,False,torch.Generator().manual_seed(self.seed)
         MaskEnforcer.ensure(self.learn).before_fit()
 

@@ -16,31 +16,41 @@ from ..masks.structured import *
 from ..schedule import *
 from ..selection import *
 
-# %% ../../nbs/11_callback.pruning.ipynb #675eec3a
+# %% ../../nbs/11_callback.pruning.ipynb #52082ac7
 class PruningModifier(Modifier, abstract=True):
     "Owns the masks of `params` between `start_epoch` and `end_epoch`"
     def __init__(self, params, start_epoch, end_epoch, update_frequency, leave_enabled):
         super().__init__(start_epoch, end_epoch, update_frequency)
-        self.params,self.leave_enabled = params or '__ALL_PRUNABLE__',leave_enabled
+        self.params,self.leave_enabled = check_params(self, params or '__ALL_PRUNABLE__'),check_bool(self, 'leave_enabled', leave_enabled)
+
+    def reset(self):
+        super().reset()
+        self._released = False
 
     def before_fit(self):
         super().before_fit()
-        if not self.run: return
         _refuse_overlaps(self.learn)
-        self._params = attach_masks(self.model, self.params)
+        self._released |= self._ended_before(self.resumed_at)
+        self._params = attach_masks(self.model, self.params, enforce=not self._released)
         MaskEnforcer.ensure(self.learn).before_fit()
+
+    def _ended_before(self, epoch): return epoch is not None and not self.leave_enabled and 0<=self.end_epoch<epoch
+    def _is_ahead(self, batch, epoch, resumed, n_iter): return super()._is_ahead(batch, epoch, resumed, n_iter) and not self._released
 
     def set_masks(self,
                   masks:list, # A mask for each of the pruner's parameters
                  ):
         "Replace the masks, zero what they mask, and clear the optimizer's memory of it"
+        attach_masks(self.model, self.params)  # a pruner that ended may have let them go
         for p,mask in zip(self._params, masks): set_mask(p, mask)
         mask_optimizer(self.opt, self._params)
         self.learn.mask_enforcer.refresh()
 
     def release(self):
-        "Let masked weights train again; the masks stay readable"
-        stop_enforcing(self.model, self._params)
+        "Let masked weights train again, but for those that another pruner holds by now; the masks stay readable"
+        self._released = True
+        held = {n for cb in self.learn.cbs if isinstance(cb, PruningModifier) and cb is not self and cb.is_active(self.now) for n in select(self.model, cb.params)}
+        stop_enforcing(self.model, [p for p in self._params if p.name not in held])
         self.learn.mask_enforcer.refresh()
 
 def _refuse_overlaps(learn):
@@ -53,7 +63,7 @@ def _refuse_overlaps(learn):
                 raise ValueError(f"{type(a).__name__} (epochs {a0:g} to {a1:g}) and {type(b).__name__} (epochs {b0:g} to {b1:g}) "
                                  f"both prune {both[0]!r}: give them different params, or windows that don't overlap")
 
-# %% ../../nbs/11_callback.pruning.ipynb #d74cc6c7
+# %% ../../nbs/11_callback.pruning.ipynb #7a9d2160
 _other_scores = {'movement':'MovementPruningModifier', 'MFAC':'MFACPruningModifier', 'OBS':'OBSPruningModifier', 'topkast':'TopKASTPruningModifier'}
 
 class GMPruningModifier(PruningModifier):
@@ -79,7 +89,8 @@ class GMPruningModifier(PruningModifier):
         if end_epoch<0: raise ValueError(f"{type(self).__name__}: end_epoch must be given, the sparsity rises until then; got {end_epoch}")
         if isinstance(init_sparsity, str): check_choice(self, 'init_sparsity', init_sparsity, ['__FROM_PARAM__'])
         else: check_number(self, 'init_sparsity', init_sparsity, 0, 1)
-        targets = final_sparsity if isinstance(final_sparsity, dict) else {final_sparsity:None}
+        targets = final_sparsity if isinstance(final_sparsity, dict) else {final_sparsity:None} if isinstance(final_sparsity, (int,float)) else None
+        if not targets: raise TypeError(f"{type(self).__name__}: final_sparsity must be a number or a dict {{sparsity: params}}, got {final_sparsity!r}")
         for s in targets: check_number(self, 'final_sparsity', s, 0, 1, is_open=True)
         if isinstance(final_sparsity, dict):
             if params and params!='__ALL_PRUNABLE__': raise ValueError(f"{type(self).__name__}: params must be empty where final_sparsity names the parameters")
@@ -110,11 +121,16 @@ class GMPruningModifier(PruningModifier):
         return [chosen[p.name] for p in self._params]
 
     def update(self, epoch):
-        if self._initial is None:
-            measured = self.init_sparsity=='__FROM_PARAM__'
-            self._initial = [1-p.param.count_nonzero().item()/p.param.numel() if measured else self.init_sparsity for p in self._params]
+        if self._initial is None: self._initial = self._initial_sparsities()
         self.set_masks(self.select_masks([self.sparsity_at(epoch, i, f) for i,f in zip(self._initial, self._finals())]))
         if epoch>=self.end_epoch and not self.leave_enabled: self.release()
+
+    def _initial_sparsities(self):
+        "What each parameter started from; a resumed fit concludes it from what the checkpoint holds"
+        if self.init_sparsity!='__FROM_PARAM__': return [self.init_sparsity]*len(self._params)
+        earlier = [e for e in self.ticks(self.n_iter, self.n_epoch).values() if e<(self.resumed_at or 0)]
+        measured,passed = [1-p.param.count_nonzero().item()/p.param.numel() for p in self._params],self.sparsity_at(max(earlier, default=0.), 0., 1.)
+        return [(s-passed*f)/(1-passed) if passed<1 else s for s,f in zip(measured, self._finals())]
 
     def select_masks(self,
                      sparsities:list, # Target of each parameter
@@ -160,7 +176,7 @@ class GlobalMagnitudePruningModifier(GMPruningModifier):
                 ):
         super().__init__(init_sparsity, final_sparsity, start_epoch, end_epoch, update_frequency, params, leave_enabled, inter_func, mask_type, True)
 
-# %% ../../nbs/11_callback.pruning.ipynb #7d48e868
+# %% ../../nbs/11_callback.pruning.ipynb #3b0a5891
 class ConstantPruningModifier(PruningModifier):
     "Holds the zeros of a sparse model where they are"
     def __init__(self,
@@ -179,7 +195,7 @@ class ConstantPruningModifier(PruningModifier):
 
     def before_fit(self):
         super().before_fit()
-        if not self.run or self._zeros is not None: return
+        if self._zeros is not None: return
         self._zeros = [p.param!=0 for p in self._params]
         if all(z.all() for z in self._zeros): logger.warning(f"ConstantPruningModifier: the model has no zeros to hold in {self.params}")
 

@@ -6,10 +6,10 @@
 __all__ = ['OnceModifier', 'EpochRangeModifier', 'TrainableParamsModifier', 'SetParamModifier', 'GradualParamModifier',
            'SetWeightDecayModifier', 'SparsificationLoggingModifier']
 
-# %% ../../nbs/13_callback.training.ipynb #10cdff16
+# %% ../../nbs/13_callback.training.ipynb #4d7fb762
 from fastai.basics import *
 from .core import *
-from .learning_rate import check_groups
+from .learning_rate import check_groups,check_indices
 from ..masking import *
 from ..schedule import *
 from ..selection import *
@@ -31,7 +31,7 @@ class EpochRangeModifier(Modifier):
 
     def ticks(self, n_iter, n_epoch, done=0.): return {}
 
-# %% ../../nbs/13_callback.training.ipynb #4f11683d
+# %% ../../nbs/13_callback.training.ipynb #7a1b58f5
 class TrainableParamsModifier(OnceModifier):
     "Sets `requires_grad` of parameters between `start_epoch` and `end_epoch`"
     def __init__(self,
@@ -42,26 +42,42 @@ class TrainableParamsModifier(OnceModifier):
                  end_epoch:float=-1., # Epoch to restore at; -1: never
                 ):
         super().__init__(start_epoch, end_epoch)
-        self.params,self.trainable,self.params_strict = params,trainable,params_strict
+        self.params,self.trainable = check_params(self, params),check_bool(self, 'trainable', trainable)
+        self.params_strict = check_bool(self, 'params_strict', params_strict)
+
+    def reset(self):
+        super().reset()
+        self._were = None
 
     def before_fit(self):
         super().before_fit()
         self._sites = list(select(self.model, self.params, weights_only=False, strict=self.params_strict).values())
 
+    def before_train(self):
+        super().before_train()
+        if self._were is not None and self.is_active(self._position): self._hold()  # `unfreeze` between two fits changes it
+
     def update(self, epoch):
-        if 0<=self.end_epoch<=epoch:
-            for s,was in zip(self._sites, self._were): _set_trainable(s.param, was)
+        if 0<=self.end_epoch<=epoch: self._restore()
         else:
             self._were = [s.param.requires_grad for s in self._sites]
-            for s in self._sites: _set_trainable(s.param, self.trainable)
+            self._hold()
+
+    def _hold(self):
+        for s in self._sites: _set_trainable(s.param, self.trainable)
+
+    def _restore(self):
+        for s,was in zip(self._sites, self._were or []): _set_trainable(s.param, was)
+        self._were = None
 
 def _set_trainable(param, trainable):
     param.requires_grad_(trainable)
     if not trainable: param.grad = None  # the optimizer moves whatever has a gradient, even of zeros
 
-# %% ../../nbs/13_callback.training.ipynb #4a5308ba
+# %% ../../nbs/13_callback.training.ipynb #90ba0913
 class SetParamModifier(OnceModifier):
     "Sets parameters to a value at `start_epoch`"
+    replays = False
     def __init__(self,
                  params, # What to set, see `select`; biases and norms included
                  val, # A number, or (nested) list of the parameter's shape
@@ -70,7 +86,8 @@ class SetParamModifier(OnceModifier):
                  end_epoch:float=-1., # Accepted for older recipes; the value is set once
                 ):
         super().__init__(start_epoch, end_epoch)
-        self.params,self.val,self.params_strict = params,val,params_strict
+        self.params,self.val,self.params_strict = check_params(self, params),val,check_bool(self, 'params_strict', params_strict)
+        _check_value(self, 'val', val)
 
     def before_fit(self):
         super().before_fit()
@@ -79,6 +96,10 @@ class SetParamModifier(OnceModifier):
 
     def update(self, epoch):
         if epoch<=max(0, self.start_epoch): _assign(self, self._sites, lambda s: _as_value(self, 'val', self.val, s))
+
+def _check_value(owner, arg, val):
+    try: return torch.as_tensor(val, dtype=torch.float64)
+    except (TypeError,ValueError,RuntimeError): raise TypeError(f"{type(owner).__name__}: {arg} must be a number or a (nested) list of numbers, got {val!r}") from None
 
 def _as_value(owner, arg, val, site):
     value = torch.as_tensor(val, dtype=site.param.dtype, device=site.param.device)
@@ -91,7 +112,7 @@ def _assign(owner, sites, value_of):
     for s in sites: s.param.copy_(value_of(s))
     apply_masks(owner.learn.model)
 
-# %% ../../nbs/13_callback.training.ipynb #7948dd84
+# %% ../../nbs/13_callback.training.ipynb #27fa11df
 class GradualParamModifier(Modifier):
     "Moves parameters from `init_val` to `final_val` between `start_epoch` and `end_epoch`"
     def __init__(self,
@@ -107,7 +128,9 @@ class GradualParamModifier(Modifier):
         super().__init__(start_epoch, end_epoch, update_frequency)
         if end_epoch<=max(0,start_epoch): raise ValueError(f"GradualParamModifier: end_epoch must be after start_epoch {start_epoch}, got {end_epoch}")
         check_choice(self, 'inter_func', inter_func, inter_funcs)
-        self.params,self.init_val,self.final_val,self.inter_func,self.params_strict = params,init_val,final_val,inter_func,params_strict
+        self.params,self.init_val,self.final_val,self.inter_func = check_params(self, params),init_val,final_val,inter_func
+        self.params_strict = check_bool(self, 'params_strict', params_strict)
+        for arg in ('init_val','final_val'): _check_value(self, arg, getattr(self, arg))
 
     def before_fit(self):
         super().before_fit()
@@ -121,7 +144,7 @@ class GradualParamModifier(Modifier):
         share = interpolate(epoch, max(0,self.start_epoch), self.end_epoch, 0., 1., self.inter_func)
         _assign(self, self._sites, lambda s: self._value(s, share))
 
-# %% ../../nbs/13_callback.training.ipynb #ace60177
+# %% ../../nbs/13_callback.training.ipynb #1929173c
 class SetWeightDecayModifier(OnceModifier):
     "Sets the weight decay at `start_epoch`"
     def __init__(self,
@@ -132,12 +155,12 @@ class SetWeightDecayModifier(OnceModifier):
                  constant_logging:bool=False, # Accepted for older recipes
                 ):
         super().__init__(start_epoch, -1.)
-        self.weight_decay,self.param_groups = check_number(self, 'weight_decay', weight_decay, 0),param_groups
+        self.weight_decay,self.param_groups = check_number(self, 'weight_decay', weight_decay, 0),check_indices(self, param_groups)
         self.constant_logging = constant_logging
 
     def before_fit(self):
         super().before_fit()
-        if self.run: self._groups = check_groups(self, self.opt)
+        self._groups = check_groups(self, self.opt)
 
     def before_train(self):
         super().before_train()

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['n_zeros', 'keep_highest', 'MaskType', 'Unstructured', 'global_masks', 'register_mask_type', 'get_mask_type']
 
-# %% ../../nbs/00_masks.core.ipynb #60166769
-import re,numpy as np,torch
+# %% ../../nbs/00_masks.core.ipynb #6f2fa62a
+import math,re,numpy as np,torch
 from difflib import get_close_matches
 from torch import Tensor
 
@@ -75,7 +75,7 @@ def _top_cuda(scores, n):
     chosen,ties = scores>threshold,scores==threshold
     return chosen | (ties & (ties.cumsum(0)<=n-chosen.sum()))
 
-# %% ../../nbs/00_masks.core.ipynb #7f72d268
+# %% ../../nbs/00_masks.core.ipynb #bd2e1132
 class MaskType:
     "A sparsity pattern; `mask_type(scores, sparsity)` gives a boolean mask, True where weights are kept"
     def pool(self,
@@ -91,12 +91,25 @@ class MaskType:
         "Mask in which the weights of the groups in `keep` are True"
         raise NotImplementedError
 
+    def sizes(self,
+              shape:torch.Size, # Shape of the parameter
+             )->list: # Weights in each group
+        "How many weights the groups hold"
+        return [1]*shape.numel()
+
+    def protects(self,
+                 shape:torch.Size, # Shape of the parameter
+                )->bool:
+        "Must a parameter of `shape` stay dense, as its only group is all that it has?"
+        return False
+
     def __call__(self,
                  scores:Tensor, # Scores of one parameter, higher is more important
                  sparsity:float, # Share of groups to mask, in [0,1]
                 )->Tensor: # Boolean mask of the shape of `scores`
         "Mask the share `sparsity` of the groups that score lowest"
         pooled = self.pool(scores)
+        if self.protects(scores.shape): return torch.ones_like(scores, dtype=torch.bool)
         return self.spread(keep_highest(pooled, n_zeros(pooled.numel(), sparsity)), scores.shape)
 
     def __repr__(self): return f'{type(self).__name__}()'
@@ -107,27 +120,31 @@ class Unstructured(MaskType):
     def pool(self, scores): return scores.flatten()
     def spread(self, keep, shape): return keep.view(shape)
 
-# %% ../../nbs/00_masks.core.ipynb #393dfe4c
+# %% ../../nbs/00_masks.core.ipynb #6ab890e4
 def global_masks(scores:list, # Scores of each parameter
                  sparsity:float, # Share of all weights to mask, in [0,1]
                  mask_type:MaskType=Unstructured(), # Pattern of the masks
                 )->list: # Boolean masks of the shapes of `scores`
     "Masks that share one `sparsity`: groups compete across parameters"
     pooled = [mask_type.pool(s) for s in scores]
-    lengths,sizes = [len(p) for p in pooled],[s.numel()/max(1,len(p)) for s,p in zip(scores,pooled)]
-    flat = torch.cat([p.to(pooled[0].device, torch.promote_types(p.dtype, torch.float32)) for p in pooled])
-    n_zero = n_zeros(sum(s.numel() for s in scores), sparsity)
-    if len(set(sizes))==1: keep = keep_highest(flat, round(n_zero/sizes[0]))
-    else: keep = _cut_by_size(flat, torch.tensor(sizes, dtype=torch.float64).repeat_interleave(torch.tensor(lengths)), n_zero)
-    return [mask_type.spread(k.to(s.device), s.shape) for k,s in zip(keep.split(lengths), scores)]
+    device,dtype = pooled[0].device,torch.promote_types(torch.float32, max((p.dtype for p in pooled), key=lambda d: d.itemsize))
+    flat = torch.cat([torch.full_like(p, math.inf, device=device, dtype=dtype) if mask_type.protects(s.shape) else p.to(device, dtype)
+                      for p,s in zip(pooled, scores)])
+    n_zero,sizes = n_zeros(sum(s.numel() for s in scores), sparsity),_sizes(mask_type, scores)
+    keep = keep_highest(flat, n_zero//sizes) if isinstance(sizes, int) else _cut_by_size(flat, sizes, n_zero)
+    return [mask_type.spread(k.to(s.device), s.shape) for k,s in zip(keep.split([len(p) for p in pooled]), scores)]
+
+def _sizes(mask_type, scores):
+    "Weights in each group of all parameters: a number if it is the same for all"
+    if type(mask_type) is Unstructured: return 1
+    return torch.tensor([n for s in scores for n in mask_type.sizes(s.shape)])
 
 def _cut_by_size(scores, sizes, n_zero):
-    "Mask the lowest groups while their sizes sum to `n_zero` at most"
+    "Mask the lowest groups while they hold `n_zero` weights at most"
     if scores.isnan().any(): raise ValueError("scores hold NaN")
-    order = torch.sort(scores.flip(0), stable=True).indices
-    order = len(scores)-1-order  # among equals the highest index goes first
+    order = len(scores)-1-torch.sort(scores.flip(0), stable=True).indices  # among equals the highest index goes first
     keep = torch.ones_like(scores, dtype=torch.bool)
-    keep[order[sizes.to(scores.device)[order].cumsum(0)<=n_zero+.5]] = False
+    keep[order[(sizes.to(scores.device)[order].cumsum(0)<=n_zero) & (scores[order]<math.inf)]] = False
     return keep
 
 # %% ../../nbs/00_masks.core.ipynb #6a39c383

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from .core import *
 
-# %% ../../nbs/01_masks.structured.ipynb #f2622908
+# %% ../../nbs/01_masks.structured.ipynb #d8d2b834
 class Block(MaskType):
     "Tiles of `rows` outputs by `cols` inputs (-1: the whole dimension)"
     def __init__(self,
@@ -40,6 +40,11 @@ class Block(MaskType):
         if full<x.shape[-1]: tiles = torch.cat([tiles, x[...,full:].mean(-1,keepdim=True)], -1)
         return tiles.unflatten(0, (-1,rows)).mean(1).flatten()
 
+    def sizes(self, shape):
+        rows,cols = self._sizes(shape)
+        full,tail = divmod(shape[1], cols)
+        return ([rows*cols]*full + [rows*tail]*bool(tail))*(shape.numel()//(rows*shape[1]))
+
     def spread(self, keep, shape):
         rows,cols = self._sizes(shape)
         kernel = shape[2:].numel() if len(shape)>2 else 1
@@ -52,7 +57,7 @@ def _block(rows, cols): return Block(rows, cols)
 @register_mask_type('block4')
 def _block4(): return Block(1, 4, ragged=True)
 
-# %% ../../nbs/01_masks.structured.ipynb #a7a1fa09
+# %% ../../nbs/01_masks.structured.ipynb #42c41125
 class Slice(MaskType):
     "All weights at one index of dimension `dim`, scored by their L2 norm"
     def __init__(self,
@@ -64,16 +69,18 @@ class Slice(MaskType):
     def pool(self, scores):
         if scores.ndim<2: raise ValueError(f"mask_type: filters and channels need a parameter of 2 or more dimensions, got shape {tuple(scores.shape)}")
         x = scores.detach().movedim(self.dim, 0).flatten(1)
-        return torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        squares = (x*x.abs()).sum(1)  # negative scores, which pruners give to what is masked already, count as such
+        return squares.sign()*squares.abs().sqrt()
+
+    def sizes(self, shape): return [shape.numel()//shape[self.dim]]*shape[self.dim]
+
+    def protects(self, shape): return shape[self.dim]==1
 
     def spread(self, keep, shape):
         sizes = [1]*len(shape)
         sizes[self.dim] = -1
         return keep.view(sizes).expand(shape).contiguous()
-
-    def __call__(self, scores, sparsity):
-        if scores.ndim>1 and scores.shape[self.dim]==1: return torch.ones_like(scores, dtype=torch.bool)
-        return super().__call__(scores, sparsity)
 
 @register_mask_type('filter')
 def _filter(): return Slice(0)
