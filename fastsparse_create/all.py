@@ -2,6 +2,9 @@
 
 from .masks.core import *
 from .masks.structured import *
+from .masks.nm import *
+from .permutation.search import *
+from .permutation.apply import *
 from .selection import *
 from .distribution import *
 from .criteria import *
@@ -13,6 +16,7 @@ from .callback.learning_rate import *
 from .callback.training import *
 from .callback.dynamic import *
 from .sparsify import *
+from .asp import *
 from .recipe.expression import RecipeError
 from .recipe.compile import *
 from .recipe.generate import *

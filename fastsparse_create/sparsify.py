@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MaskHook', 'sparsify_model']
 
-# %% ../nbs/15_sparsify.ipynb #969d281a
+# %% ../nbs/15_sparsify.ipynb #f754a35a
 import torch
 from .callback.core import MaskEnforcer
 from .criteria import *
@@ -13,9 +13,10 @@ from .distribution import *
 from .masking import *
 from .masks.core import *
 from .masks.structured import *
+from .masks.nm import *
 from .selection import *
 
-# %% ../nbs/15_sparsify.ipynb #8c817dfb
+# %% ../nbs/15_sparsify.ipynb #f60388e7
 class MaskHook:
     "Keeps the mask of one parameter enforced until `remove` is called"
     def __init__(self, model, param): self.model,self.param = model,param
@@ -29,18 +30,19 @@ def sparsify_model(model, # Model, or `Learner`
                    params='__ALL_PRUNABLE__', # What to mask, see `select`
                    sparse_init_f=uniform, # Distribution: `(params, model_sparsity) -> list of sparsities`
                    criterion=magnitude, # Weights to keep: `(param, generator) -> scores`
-                   mask_type='unstructured', # Pattern: `unstructured`, `block4`, `[a, b]`, `filter`, `channel`
+                   mask_type='unstructured', # Pattern: `unstructured`, `block4`, `[a, b]`, `filter`, `channel`, `2:4`, `4:8-T`, ...
                    enforce_masks:bool=True, # Keep masked weights at 0 from now on?
                    reinit:bool=False, # Draw the weights anew, see `sparse_kaiming_`?
                    seed:int=0, # Seed of random criteria and of `reinit`; the global generators are not touched
                   )->list: # A hook for each masked parameter, with `remove()`; empty if `enforce_masks=False`
     "Mask a share of the weights of a model, exactly `round(numel*sparsity)` in each parameter"
     learn,model = (model,model.model) if hasattr(model, 'add_cb') else (None,model)
-    sites,generator = list(select(model, params).values()),torch.Generator().manual_seed(seed)
+    calculator,generator = get_mask_type(mask_type),torch.Generator().manual_seed(seed)
+    names = fitting_params(model, params, calculator)
+    sites = list(select(model, names).values())
     sparsities = _sparsities(sparse_init_f, sites, sparsity)
-    calculator = get_mask_type(mask_type)
     masks = [calculator(criterion(s.param, generator=generator), share) for s,share in zip(sites, sparsities)]
-    masked = attach_masks(model, params, enforce=enforce_masks)
+    masked = attach_masks(model, names, enforce=enforce_masks)
     for p,mask in zip(masked, masks):
         set_mask(p, mask)
         if reinit: sparse_kaiming_(p.param, mask, generator, output_dim=int(getattr(p.owners[0][0], 'transposed', False)))

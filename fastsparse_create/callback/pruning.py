@@ -6,19 +6,21 @@
 __all__ = ['PruningModifier', 'GMPruningModifier', 'MagnitudePruningModifier', 'GlobalMagnitudePruningModifier',
            'ConstantPruningModifier']
 
-# %% ../../nbs/11_callback.pruning.ipynb #1dc26761
+# %% ../../nbs/11_callback.pruning.ipynb #70f96655
 from fastai.basics import *
 from .core import *
 from ..criteria import magnitude
 from ..masking import *
 from ..masks.core import *
 from ..masks.structured import *
+from ..masks.nm import *
 from ..schedule import *
 from ..selection import *
 
-# %% ../../nbs/11_callback.pruning.ipynb #52082ac7
+# %% ../../nbs/11_callback.pruning.ipynb #f668c89e
 class PruningModifier(Modifier, abstract=True):
     "Owns the masks of `params` between `start_epoch` and `end_epoch`"
+    calculator = Unstructured()
     def __init__(self, params, start_epoch, end_epoch, update_frequency, leave_enabled):
         super().__init__(start_epoch, end_epoch, update_frequency)
         self.params,self.leave_enabled = check_params(self, params or '__ALL_PRUNABLE__'),check_bool(self, 'leave_enabled', leave_enabled)
@@ -30,8 +32,9 @@ class PruningModifier(Modifier, abstract=True):
     def before_fit(self):
         super().before_fit()
         _refuse_overlaps(self.learn)
+        self._names = fitting_params(self.model, self.params, self.calculator)
         self._released |= self._ended_before(self.resumed_at)
-        self._params = attach_masks(self.model, self.params, enforce=not self._released)
+        self._params = attach_masks(self.model, self._names, enforce=not self._released)
         MaskEnforcer.ensure(self.learn).before_fit()
 
     def _ended_before(self, epoch): return epoch is not None and not self.leave_enabled and 0<=self.end_epoch<epoch
@@ -41,7 +44,7 @@ class PruningModifier(Modifier, abstract=True):
                   masks:list, # A mask for each of the pruner's parameters
                  ):
         "Replace the masks, zero what they mask, and clear the optimizer's memory of it"
-        attach_masks(self.model, self.params)  # a pruner that ended may have let them go
+        attach_masks(self.model, self._names)  # a pruner that ended may have let them go
         for p,mask in zip(self._params, masks): set_mask(p, mask)
         mask_optimizer(self.opt, self._params)
         self.learn.mask_enforcer.refresh()
@@ -63,7 +66,7 @@ def _refuse_overlaps(learn):
                 raise ValueError(f"{type(a).__name__} (epochs {a0:g} to {a1:g}) and {type(b).__name__} (epochs {b0:g} to {b1:g}) "
                                  f"both prune {both[0]!r}: give them different params, or windows that don't overlap")
 
-# %% ../../nbs/11_callback.pruning.ipynb #7a9d2160
+# %% ../../nbs/11_callback.pruning.ipynb #2d2761ee
 _other_scores = {'movement':'MovementPruningModifier', 'MFAC':'MFACPruningModifier', 'OBS':'OBSPruningModifier', 'topkast':'TopKASTPruningModifier'}
 
 class GMPruningModifier(PruningModifier):
@@ -77,7 +80,7 @@ class GMPruningModifier(PruningModifier):
                  params='__ALL_PRUNABLE__', # What to prune, see `select`
                  leave_enabled:bool=True, # Hold the final masks after `end_epoch`?
                  inter_func:str='cubic', # Curve of the sparsity: `linear`, `cubic` or `inverse_cubic`
-                 mask_type='unstructured', # Pattern: `unstructured`, `block4`, `[a, b]`, `filter`, `channel`
+                 mask_type='unstructured', # Pattern: `unstructured`, `block4`, `[a, b]`, `filter`, `channel`, `2:4`, `4:8-T`, ...
                  global_sparsity:bool=False, # Does one threshold serve all parameters? Same as `GlobalMagnitudePruningModifier`
                  phased:bool=False, # Not supported: use `ACDCPruningModifier`
                  score_type:str='magnitude', # Only `magnitude`; other scores have modifiers of their own
@@ -97,7 +100,8 @@ class GMPruningModifier(PruningModifier):
             if global_sparsity and len(targets)>1: raise ValueError(f"{type(self).__name__}: global sparsity has one target, got {list(targets)}")
             self.params = [n for names in targets.values() for n in ([names] if isinstance(names, str) else names)]
         check_choice(self, 'inter_func', inter_func, inter_funcs)
-        self._calculator = get_mask_type(mask_type)
+        self.calculator = get_mask_type(mask_type)
+        _check_pattern(self, self.calculator, targets, global_sparsity)
         self.init_sparsity,self.final_sparsity,self.inter_func,self.mask_type = init_sparsity,final_sparsity,inter_func,mask_type
         self.global_sparsity,self.phased,self.score_type = global_sparsity,phased,score_type
 
@@ -137,15 +141,23 @@ class GMPruningModifier(PruningModifier):
                     )->list: # Masks
         "Masks that cut the smallest weights, those first that are cut already"
         scores = [_nan_checked(p.name, magnitude(p.param).masked_fill_(~p.mask, -1.)) for p in self._params]
-        if not self.global_sparsity: return [self._calculator(s, t) for s,t in zip(scores, sparsities)]
+        if not self.global_sparsity: return [self.calculator(s, t) for s,t in zip(scores, sparsities)]
         sizes = [s.numel() for s in scores]
-        return global_masks(scores, sum(t*n for t,n in zip(sparsities,sizes))/sum(sizes), self._calculator)
+        return global_masks(scores, sum(t*n for t,n in zip(sparsities,sizes))/sum(sizes), self.calculator)
+
+def _check_pattern(owner, calculator, targets, global_sparsity):
+    "An N:M pattern fixes the final sparsity, layer by layer"
+    share = getattr(calculator, 'sparsity', None)
+    if share is None: return
+    for s in targets:
+        if abs(s-share)>.01: raise ValueError(f"{type(owner).__name__}: final_sparsity must be {share:g} for mask_type {calculator!r}, got {s}")
+    if global_sparsity: raise ValueError(f"{type(owner).__name__}: mask_type {calculator!r} masks the same share everywhere, so that layers can't compete: use MagnitudePruningModifier")
 
 def _nan_checked(name, scores):
     if scores.numel() and scores.amax().isnan(): raise ValueError(f"{name}: holds NaN, so that its weights can't be ranked")
     return scores
 
-# %% ../../nbs/11_callback.pruning.ipynb #0ad34797
+# %% ../../nbs/11_callback.pruning.ipynb #c2dd0e97
 class MagnitudePruningModifier(GMPruningModifier):
     "Gradual magnitude pruning with the same sparsity in every parameter"
     def __init__(self,
@@ -157,7 +169,7 @@ class MagnitudePruningModifier(GMPruningModifier):
                  params='__ALL_PRUNABLE__', # What to prune, see `select`
                  leave_enabled:bool=True, # Hold the final masks after `end_epoch`?
                  inter_func:str='cubic', # `linear`, `cubic` or `inverse_cubic`
-                 mask_type='unstructured', # `unstructured`, `block4`, `[a, b]`, `filter`, `channel`
+                 mask_type='unstructured', # `unstructured`, `block4`, `[a, b]`, `filter`, `channel`, `2:4`, `4:8-T`, ...
                 ):
         super().__init__(init_sparsity, final_sparsity, start_epoch, end_epoch, update_frequency, params, leave_enabled, inter_func, mask_type)
 
@@ -172,7 +184,7 @@ class GlobalMagnitudePruningModifier(GMPruningModifier):
                  params='__ALL_PRUNABLE__', # What to prune, see `select`
                  leave_enabled:bool=True, # Hold the final masks after `end_epoch`?
                  inter_func:str='cubic', # `linear`, `cubic` or `inverse_cubic`
-                 mask_type='unstructured', # `unstructured`, `block4`, `[a, b]`, `filter`, `channel`
+                 mask_type='unstructured', # `unstructured`, `block4`, `[a, b]`, `filter`, `channel`, `2:4`, `4:8-T`, ...
                 ):
         super().__init__(init_sparsity, final_sparsity, start_epoch, end_epoch, update_frequency, params, leave_enabled, inter_func, mask_type, True)
 

@@ -75,7 +75,7 @@ def _top_cuda(scores, n):
     chosen,ties = scores>threshold,scores==threshold
     return chosen | (ties & (ties.cumsum(0)<=n-chosen.sum()))
 
-# %% ../../nbs/00_masks.core.ipynb #bd2e1132
+# %% ../../nbs/00_masks.core.ipynb #65ad317a
 class MaskType:
     "A sparsity pattern; `mask_type(scores, sparsity)` gives a boolean mask, True where weights are kept"
     def pool(self,
@@ -96,6 +96,12 @@ class MaskType:
              )->list: # Weights in each group
         "How many weights the groups hold"
         return [1]*shape.numel()
+
+    def unfit(self,
+              shape:torch.Size, # Shape of a parameter
+             )->str: # One sentence; empty if the pattern fits
+        "Why a parameter of `shape` can't have this pattern"
+        return ''
 
     def protects(self,
                  shape:torch.Size, # Shape of the parameter
@@ -147,14 +153,15 @@ def _cut_by_size(scores, sizes, n_zero):
     keep[order[(sizes.to(scores.device)[order].cumsum(0)<=n_zero) & (scores[order]<math.inf)]] = False
     return keep
 
-# %% ../../nbs/00_masks.core.ipynb #6a39c383
+# %% ../../nbs/00_masks.core.ipynb #bb96b6b5
 _mask_types = {}
 
 def register_mask_type(pattern:str, # A name, or a regular expression that must match in full
+                       example:str=None, # A name that matches, for messages; default: `pattern`
                       ):
     "Decorator: makes a factory of mask types available under the names that match `pattern`"
     def _inner(factory):
-        _mask_types[pattern] = factory
+        _mask_types[pattern] = example or pattern,factory
         return factory
     return _inner
 
@@ -165,8 +172,8 @@ def get_mask_type(name, # A name, a list `[a, b]` of block sizes, or a function 
     "The mask type called `name`; raises `ValueError` with the nearest name if there is none"
     if callable(name): return name
     if isinstance(name, (list,tuple)): name = '[' + ', '.join(map(str, name)) + ']'
-    for pattern,factory in _mask_types.items():
+    for pattern,(_,factory) in _mask_types.items():
         if match := re.fullmatch(pattern, str(name)): return factory(*match.groups())
-    names = [p for p in _mask_types if re.fullmatch(r'\w+', p)] + ['[a, b]']
+    names = [example for example,_ in _mask_types.values()]
     near = get_close_matches(str(name), names, 1)
     raise ValueError(f"mask_type: {name!r} is not known" + (f", did you mean {near[0]!r}?" if near else f"; accepted: {', '.join(names)}"))

@@ -140,7 +140,7 @@ class _GroupMask(MaskType):
         candidates = self._framed(self._order, _real(scores), torch.inf).masked_fill(keep, torch.inf)
         return keep | keep_highest(candidates, min(n_zero, keep.numel()-int(keep.sum())))
 
-# %% ../../nbs/01b_masks.nm.ipynb #ad63a9c3
+# %% ../../nbs/01b_masks.nm.ipynb #f26f07e7
 class NM(_GroupMask):
     "Keeps the `n` highest of every `m` weights along `axis`"
     def __init__(self,
@@ -158,10 +158,10 @@ class NM(_GroupMask):
     def _sizes(self, shape): return {self._axis(shape):self.m}
     def _keep(self, scores): return _keep_n(scores, self.n, self.m, self._axis(scores.shape))
 
-@register_mask_type(r'(\d+):(\d+)')
+@register_mask_type(r'(\d+):(\d+)', '2:4')
 def _nm(n, m): return NM(n, m)
 
-@register_mask_type(r'm(\d+)n(\d+)_1d')
+@register_mask_type(r'm(\d+)n(\d+)_1d', 'm4n2_1d')
 def _asp_1d(m, n): return NM(n, m)
 
 @register_mask_type('mn_1d_best')
@@ -330,7 +330,7 @@ def _complete(x, keep, n):
     keep[tile,other_row,other_col] = False
     return keep
 
-# %% ../../nbs/01b_masks.nm.ipynb #b1c21244
+# %% ../../nbs/01b_masks.nm.ipynb #79c9087d
 class Transposable(_GroupMask):
     "Keeps `n` of every `m` weights along the inputs and along the outputs, so that the transposed weight is N:M as well"
     def __init__(self,
@@ -350,13 +350,13 @@ class Transposable(_GroupMask):
         best = _best_2_of_4 if (self.n,self.m)==(2,4) else _optimal
         return _per_tile(scores, self.n, self.m, _greedy if self.greedy else best)
 
-@register_mask_type(r'(\d+):(\d+)-T')
+@register_mask_type(r'(\d+):(\d+)-T', '4:8-T')
 def _transposable(n, m): return Transposable(n, m)
 
-@register_mask_type(r'm(\d+)n(\d+)_2d_(best|greedy)')
+@register_mask_type(r'm(\d+)n(\d+)_2d_(best|greedy)', 'm4n2_2d_best')
 def _asp_2d(m, n, how): return Transposable(n, m, greedy=how=='greedy')
 
-# %% ../../nbs/01b_masks.nm.ipynb #cdfeb51d
+# %% ../../nbs/01b_masks.nm.ipynb #3a94ea73
 class VNM(_GroupMask):
     "In each tile of `v` outputs by `m` inputs four columns are chosen, and `n` of these four kept in each row"
     def __init__(self,
@@ -387,5 +387,5 @@ class VNM(_GroupMask):
         x,sums,chosen = self._columns(scores)
         return torch.where(chosen, x.double(), -1/(1+sums.clamp(min=0))).masked_fill(x<0, -torch.inf).flatten(0,1)
 
-@register_mask_type(r'(\d+):(\d+):(\d+)')
+@register_mask_type(r'(\d+):(\d+):(\d+)', '64:2:8')
 def _vnm(v, n, m): return VNM(v, n, m)

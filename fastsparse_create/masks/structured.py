@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from .core import *
 
-# %% ../../nbs/01_masks.structured.ipynb #d8d2b834
+# %% ../../nbs/01_masks.structured.ipynb #77bce88b
 class Block(MaskType):
     "Tiles of `rows` outputs by `cols` inputs (-1: the whole dimension)"
     def __init__(self,
@@ -24,12 +24,15 @@ class Block(MaskType):
 
     def __repr__(self): return f'Block({self.rows}, {self.cols})'
 
-    def _sizes(self, shape):
-        if len(shape)<2: raise ValueError(f"mask_type: {self!r} needs a parameter of 2 or more dimensions, got shape {tuple(shape)}")
+    def unfit(self, shape):
+        if len(shape)<2: return f"{self!r} needs a parameter of 2 or more dimensions, got shape {tuple(shape)}"
         rows,cols = (n if s==-1 else s for s,n in zip((self.rows,self.cols), shape))
-        if shape[0]%rows or (shape[1]%cols and not self.ragged):
-            raise ValueError(f"mask_type: tiles of [{rows}, {cols}] don't divide a parameter of shape {tuple(shape)}")
-        return rows,cols
+        if shape[0]%rows or (shape[1]%cols and not self.ragged): return f"tiles of [{rows}, {cols}] don't divide a parameter of shape {tuple(shape)}"
+        return ''
+
+    def _sizes(self, shape):
+        if reason := self.unfit(shape): raise ValueError(f"mask_type: {reason}")
+        return [n if s==-1 else s for s,n in zip((self.rows,self.cols), shape)]
 
     def pool(self, scores):
         rows,cols = self._sizes(scores.shape)
@@ -51,13 +54,13 @@ class Block(MaskType):
         x = keep.view(shape[0]//rows, kernel, -1).repeat_interleave(rows, 0).repeat_interleave(cols, 2)[...,:shape[1]]
         return x.movedim(-1,1).reshape(shape).contiguous()
 
-@register_mask_type(r'\[(-?\d+), ?(-?\d+)(?:, ?1)*\]')
+@register_mask_type(r'\[(-?\d+), ?(-?\d+)(?:, ?1)*\]', '[2, 2]')
 def _block(rows, cols): return Block(rows, cols)
 
 @register_mask_type('block4')
 def _block4(): return Block(1, 4, ragged=True)
 
-# %% ../../nbs/01_masks.structured.ipynb #42c41125
+# %% ../../nbs/01_masks.structured.ipynb #fcc6abf7
 class Slice(MaskType):
     "All weights at one index of dimension `dim`, scored by their L2 norm"
     def __init__(self,
@@ -67,11 +70,14 @@ class Slice(MaskType):
     def __repr__(self): return f'Slice({self.dim})'
 
     def pool(self, scores):
-        if scores.ndim<2: raise ValueError(f"mask_type: filters and channels need a parameter of 2 or more dimensions, got shape {tuple(scores.shape)}")
+        if reason := self.unfit(scores.shape): raise ValueError(f"mask_type: {reason}")
         x = scores.detach().movedim(self.dim, 0).flatten(1)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         squares = (x*x.abs()).sum(1)  # negative scores, which pruners give to what is masked already, count as such
         return squares.sign()*squares.abs().sqrt()
+
+    def unfit(self, shape):
+        return '' if len(shape)>1 else f"filters and channels need a parameter of 2 or more dimensions, got shape {tuple(shape)}"
 
     def sizes(self, shape): return [shape.numel()//shape[self.dim]]*shape[self.dim]
 
