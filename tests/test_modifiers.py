@@ -152,6 +152,17 @@ def test_looking_moves_no_clock(look):
     learn.fit(1)
     assert epochs(mod.seen)==[0,.5,1,1.5,2]
 
+@pytest.mark.parametrize('look', [pytest.param('validate', marks=pytest.mark.xfail(strict=True, reason="before_fit makes a new plan in the middle of a fit")), 'get_preds'])
+def test_looking_during_a_fit_moves_no_clock(look):
+    "A callback that validates on other data after each epoch: `before_fit` and `after_fit` come in the middle of a fit"
+    def _run(*cbs):
+        learn,mod = tiny_learner(),ProbeModifier(0, 3, .5)
+        lrs = Note('after_pred', lambda cb: cb.opt.hypers[-1]['lr'])
+        learn.fit(3, cbs=[mod, lrs, GMPruningModifier(0., .8, 0, 3, .5), LearningRateModifier('ExponentialLR', dict(gamma=.5), start_epoch=1), *cbs])
+        return epochs(mod.seen),lrs.notes,measured_sparsity(learn.model)
+    a,b = _run(),_run(Note('after_train', lambda cb: getattr(cb.learn, look)()))
+    assert a[0]==b[0] and a[1]==pytest.approx(b[1]) and a[2]==b[2]
+
 def test_training_set_needs_a_length():
     class Endless(torch.utils.data.IterableDataset):
         def __iter__(self): return iter([(torch.ones(4), torch.ones(2))]*8)
