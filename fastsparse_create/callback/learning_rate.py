@@ -6,10 +6,11 @@
 __all__ = ['LearningRateBase', 'check_indices', 'check_groups', 'SetLearningRateModifier', 'LearningRateFunctionModifier',
            'LearningRateModifier']
 
-# %% ../../nbs/12_callback.learning_rate.ipynb #29f71d68
+# %% ../../nbs/12_callback.learning_rate.ipynb #4fc91922
 from fastai.basics import *
 from fastai.callback.schedule import ParamScheduler
 from .core import *
+from ..masking import logger
 from ..schedule import *
 
 # %% ../../nbs/12_callback.learning_rate.ipynb #9b7b5a54
