@@ -110,12 +110,13 @@ def attach_masks(model:nn.Module, # Model to change
         model._is_masked_root = True
     return [p for p in masked_params(model) if p.name in sites]
 
-# %% ../nbs/05_masking.ipynb #2b2c3ffe
+# %% ../nbs/05_masking.ipynb #1ef4f8b6
 _grad_hooks,_managed = WeakTensorKeyDictionary(),set()
 
 def enforce(module:nn.Module, # A masked model, or one of its masked layers
             *_):
     "Forward pre-hook: set masked weights to 0, and see to it that their gradients are masked"
+    if torch.jit.is_tracing() or torch.compiler.is_compiling(): return  # a traced program has the weights that it was traced with
     if torch._C._current_graph_task_id()==-1: _managed.clear()  # a recomputation inside of backward is still managed
     _enforce_own(module)
     module._called = True

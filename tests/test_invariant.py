@@ -69,8 +69,7 @@ def test_training_is_that_of_a_reparametrized_model(opt_func):
     a,b,_ = both_runs(opt_func)
     assert same(a, b)
 
-@pytest.mark.parametrize('opt_func', [pytest.param(f, id=n, marks=[pytest.mark.xfail(strict=True, reason="unused layers get gradients of zeros, which PyTorch's zero_grad would have released")]*n.startswith('torch'))
-                                      for n,f in optimizers.items()])
+@every_optimizer
 def test_trusted_run_is_the_checked_run(opt_func):
     "Also for a layer that only every other batch uses, and which decay and momentum move in between"
     class Alternating(nn.Module):
@@ -668,7 +667,6 @@ def test_compiled_model_in_a_learner():
     learn.fit(2, cbs=[witness, GMPruningModifier(.6, .8, 0, 2, .5)])
     assert witness.seen==[] and witness.steps==8 and measured_sparsity(learn.model)==pytest.approx(.8, abs=2e-3)
 
-@pytest.mark.xfail(strict=True, reason="the forward hook views weights as integers, which traced programs can't")
 @pytest.mark.parametrize('trace', [torch.jit.trace, lambda m,args: torch.export.export(m, args).module()], ids=['jit','export'])
 def test_masked_model_can_be_traced(trace):
     model = mlp().eval()

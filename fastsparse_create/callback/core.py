@@ -30,7 +30,7 @@ def _is_trusted(learn, params):
     known = all(type(cb).__module__.split('.')[0] in ('fastai','fastsparse_create') and type(cb) is not Callback for cb in learn.cbs)
     return known and all(id(p.param) in held for p in params) and keeps_zeros(learn.opt)
 
-# %% ../../nbs/10_callback.core.ipynb #16db6120
+# %% ../../nbs/10_callback.core.ipynb #8b4149c6
 class MaskEnforcer(Callback):
     "Keeps masked weights and their momentum at 0, masks gradients, and reports the measured `sparsity`"
     order = 10.5  # gradients are complete and unscaled after MixedPrecision (10), and not yet clipped (11)
@@ -70,6 +70,7 @@ class MaskEnforcer(Callback):
 
     def after_step(self):
         if not self._trusted: return self._mask_all()
+        if not isinstance(self.opt, Optimizer): return  # PyTorch's own zero_grad releases gradients
         self._released = [p.param for p in self._params if p.param.grad is not None]
         for p in self._released: p.grad = None
 
@@ -84,15 +85,34 @@ class MaskEnforcer(Callback):
         if not any(isinstance(cb, cls) for cb in learn.cbs): learn.add_cb(cls())
         return learn.mask_enforcer
 
-# %% ../../nbs/10_callback.core.ipynb #20e66472
+# %% ../../nbs/10_callback.core.ipynb #391033c1
 modifiers = {}
 
 class TrainingCallback(Callback):
-    "A callback of real training: the learning-rate finder and mere predictions leave it alone"
+    "A callback of real training: the learning-rate finder, predictions and validation leave it alone"
     order,run_valid = 10.2,False  # gradients are complete and unscaled, and MaskEnforcer (10.5) has not masked them yet
     def __call__(self, event_name):
         if event_name=='before_fit': self.run = not hasattr(self.learn, 'lr_finder') and not hasattr(self.learn, 'gather_preds')
+        if event_name=='before_train' and self.run and self._is_new_fit(): self.fit_starts()
         super().__call__(event_name)
+
+    def _is_new_fit(self):
+        "Is this the first epoch of a fit? `before_fit` doesn't tell, as `validate` calls it too, in the midst of a fit even"
+        last,self._seen_epoch = getattr(self, '_seen_epoch', None),(self.learn,self.n_epoch,self.skipping,self.epoch)
+        return last is None or last[:3]!=self._seen_epoch[:3] or self.epoch<=last[3]
+
+    def fit_starts(self):
+        "Called before the first epoch of each fit"
+
+    @property
+    def skipping(self):
+        "The callback that `fit(start_epoch=...)` adds, or None"
+        return next((cb for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), None)
+
+    @property
+    def resumed_at(self):
+        "The epoch that `fit(start_epoch=...)` begins with; None if it begins at the beginning"
+        return self.skipping and self.skipping._skip_to
 
 class Modifier(TrainingCallback):
     "Changes training between `start_epoch` and `end_epoch`; a subclass is a recipe tag of its own name"
@@ -114,7 +134,7 @@ class Modifier(TrainingCallback):
 
     def reset(self):
         "Forget what earlier fits did: called when a modifier meets a `Learner` for the first time"
-        self._done,self._position,self._last = 0.,0.,-math.inf
+        self._plan,self._done,self._position,self._last = [],0.,0.,-math.inf
 
     def ticks(self,
               n_iter:int, # Batches in an epoch
@@ -140,12 +160,10 @@ class Modifier(TrainingCallback):
 
     def before_fit(self):
         if self._seen is not self.learn: self.reset()
-        self._seen,self._plan = self.learn,None
+        self._seen = self.learn
 
-    def before_train(self):
-        if self._plan is None: self._make_plan()
-
-    def _make_plan(self):
+    def fit_starts(self):
+        "Plan the ticks of this fit"
         resumed = self.resumed_at
         self._done = self._position if resumed is None else 0.
         try: n_iter = len(self.dls.train)
@@ -157,11 +175,6 @@ class Modifier(TrainingCallback):
 
     def _is_ahead(self, batch, epoch, resumed, n_iter):
         return epoch>self._last if resumed is None else self.replays or batch>=resumed*n_iter
-
-    @property
-    def resumed_at(self):
-        "The epoch that `fit(start_epoch=...)` begins with; None if it begins at the beginning"
-        return next((cb._skip_to for cb in self.learn.cbs if isinstance(cb, SkipToEpoch)), None)
 
     def before_batch(self): self._run_ticks(self.epoch*self.n_iter+self.iter)
 

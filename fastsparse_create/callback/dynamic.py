@@ -12,7 +12,7 @@ from ..criteria import *
 from ..masking import *
 from ..masks.core import *
 
-# %% ../../nbs/14_callback.dynamic.ipynb #e6af4863
+# %% ../../nbs/14_callback.dynamic.ipynb #dce3375f
 class DynamicSparseTrainingCallback(TrainingCallback):
     "Drops and grows connections of a model that `sparsify_model` made sparse"
     def __init__(self,
@@ -32,8 +32,9 @@ class DynamicSparseTrainingCallback(TrainingCallback):
     def before_fit(self):
         self._params = masked_params(self.model)
         if not self._params: raise ValueError(f"{type(self).__name__}: the model has no masks, call sparsify_model first")
-        self._count,self._stepped,self._generator = 0,False,torch.Generator().manual_seed(self.seed)
         MaskEnforcer.ensure(self.learn).before_fit()
+
+    def fit_starts(self): self._count,self._stepped,self._generator = 0,False,torch.Generator().manual_seed(self.seed)
 
     def fraction_at(self,
                     progress:float, # Share of training that has passed, in [0,1]

@@ -31,7 +31,7 @@ class EpochRangeModifier(Modifier):
 
     def ticks(self, n_iter, n_epoch, done=0.): return {}
 
-# %% ../../nbs/13_callback.training.ipynb #7a1b58f5
+# %% ../../nbs/13_callback.training.ipynb #4d3b6dd7
 class TrainableParamsModifier(OnceModifier):
     "Sets `requires_grad` of parameters between `start_epoch` and `end_epoch`"
     def __init__(self,
@@ -53,8 +53,8 @@ class TrainableParamsModifier(OnceModifier):
         super().before_fit()
         self._sites = list(select(self.model, self.params, weights_only=False, strict=self.params_strict).values())
 
-    def before_train(self):
-        super().before_train()
+    def fit_starts(self):
+        super().fit_starts()
         if self._were is not None and self.is_active(self._position): self._hold()  # `unfreeze` between two fits changes it
 
     def update(self, epoch):
@@ -144,7 +144,7 @@ class GradualParamModifier(Modifier):
         share = interpolate(epoch, max(0,self.start_epoch), self.end_epoch, 0., 1., self.inter_func)
         _assign(self, self._sites, lambda s: self._value(s, share))
 
-# %% ../../nbs/13_callback.training.ipynb #1929173c
+# %% ../../nbs/13_callback.training.ipynb #01497414
 class SetWeightDecayModifier(OnceModifier):
     "Sets the weight decay at `start_epoch`"
     def __init__(self,
@@ -162,8 +162,8 @@ class SetWeightDecayModifier(OnceModifier):
         super().before_fit()
         self._groups = check_groups(self, self.opt)
 
-    def before_train(self):
-        super().before_train()
+    def fit_starts(self):
+        super().fit_starts()
         if self._last>-math.inf: self._set()  # a new fit begins with the learner's own value
 
     def update(self, epoch): self._set()
