@@ -1,0 +1,171 @@
+"Whatever is permuted, the model computes what it did: operations one by one, random graphs, the usual architectures"
+import gc,numpy as np,pytest,torch
+import torch.nn.functional as F
+from contextlib import contextmanager
+from copy import deepcopy
+from hypothesis import given,settings,strategies as st
+from torch import nn
+from fastsparse_create.masking import *
+from fastsparse_create.permutation.apply import *
+from fastsparse_create.permutation.apply import _belongings,_indices,_move
+from fastsparse_create.permutation.graph import *
+from fastsparse_create.permutation.graph import _call,_change,_map,_perturb,_tensors
+from fastsparse_create.selection import *
+
+def outputs(model, xb):
+    model.eval()
+    with torch.no_grad(): return [o.clone() for o in _tensors(_call(model, _map(torch.clone, xb)))]
+
+def generic(model, seed=1):
+    "Random weights, norms and statistics, so that no two channels are alike"
+    _perturb(model, seed)
+    return model
+
+def shuffle(model, xb, seed=0):
+    "Permute every group at random, with no safety net; names of the weights whose columns were permuted, and the change of the outputs"
+    model = generic(model).double()
+    xb = _map(lambda x: x.double() if x.is_floating_point() else x, xb)
+    groups,_ = permutation_groups(model, xb)
+    before,belongings,rng = outputs(model, xb),_belongings(model, None, None),torch.Generator().manual_seed(seed)
+    shapes = {n:x[0].shape for n,x in belongings.items()}
+    for g in groups: _move(belongings, _indices(g, torch.randperm(g.size, generator=rng), shapes))
+    return {p.name for g in groups for p in g.columns},_change(before, outputs(model, xb))
+
+def permute(model, xb, n_evaluations=2000, **kwargs):
+    "`permute_channels`, and the relative change of the outputs"
+    before = outputs(generic(model), xb)
+    res = permute_channels(model, xb, n_evaluations=n_evaluations, **kwargs)
+    assert all(o.before is None or o.after>=o.before for o in [res,*res.groups])
+    return res,_change(before, outputs(model, xb))
+
+# operations one by one
+
+class Between(nn.Module):
+    "A first layer, `f(self, h)`, a last layer; whatever else `f` needs as keywords"
+    def __init__(self, f, first=None, last=None, **kwargs):
+        super().__init__()
+        self.f,self.first,self.last = f,first or nn.Conv2d(3,8,3,padding=1),last or nn.Conv2d(8,5,3)
+        for k,v in kwargs.items(): self.register_buffer(k, v) if type(v)==torch.Tensor else setattr(self, k, v)
+    def forward(self, x): return self.last(self.f(self, self.first(x)))
+
+def images(f, x=None, **kwargs): return Between(f, **kwargs),torch.randn(2,3,6,6) if x is None else x
+
+def tokens(f, c=8, last=None, **kwargs): return Between(f, nn.Linear(5,c), last or nn.Linear(c,3), **kwargs),torch.randn(2,4,5)
+
+def _set_first(h):
+    h = h.clone()
+    h[:,0] = 0
+    return h
+
+def _swap_halves(h):
+    out = torch.zeros_like(h)
+    out[:,:4],out[:,4:] = h[:,4:],h[:,:4]
+    return out
+
+def _halves_in_place(h):
+    h[:,:4] *= 2
+    h[:,4:].add_(h[:,:4])
+    return h
+
+safe = { # at least the last layer's columns are permuted
+    'relu': lambda: images(lambda s,h: h.relu()),
+    'batchnorm': lambda: images(lambda s,h: s.n(h), n=nn.BatchNorm2d(8)),
+    'syncbatchnorm': lambda: images(lambda s,h: s.n(h), n=nn.SyncBatchNorm(8)),
+    'functional_batch_norm': lambda: images(lambda s,h: F.batch_norm(h, s.mean, s.var, s.w), mean=torch.randn(8), var=torch.rand(8)+.5, w=nn.Parameter(torch.rand(8))),
+    'instancenorm_tracking': lambda: images(lambda s,h: s.n(h), n=nn.InstanceNorm2d(8, affine=True, track_running_stats=True)),
+    'instancenorm': lambda: images(lambda s,h: s.n(h), n=nn.InstanceNorm2d(8)),
+    'groupnorm': lambda: images(lambda s,h: s.n(h), n=nn.GroupNorm(2,8)),
+    'functional_group_norm': lambda: images(lambda s,h: F.group_norm(h, 2)),
+    'prelu': lambda: images(lambda s,h: s.n(h), n=nn.PReLU(8)),
+    'hardswish': lambda: images(lambda s,h: F.hardswish(h, inplace=True)),
+    'dropout': lambda: images(lambda s,h: F.dropout(s.n(h), training=s.training), n=nn.Dropout2d()),
+    'softmax': lambda: images(lambda s,h: h.softmax(1)),
+    'normalize': lambda: images(lambda s,h: F.normalize(h)),
+    'standardize': lambda: images(lambda s,h: (h-h.mean(1, keepdim=True))/h.std(1, keepdim=True)),
+    'amax': lambda: images(lambda s,h: h-h.amax(1, keepdim=True)),
+    'glu': lambda: images(lambda s,h: F.glu(s.n(h), 1), n=nn.Conv2d(8,16,1)),
+    'channel_shuffle': lambda: images(lambda s,h: h.view(2,2,4,6,6).transpose(1,2).reshape(2,8,6,6)),
+    'channel_shuffle_module': lambda: images(lambda s,h: s.n(h), n=nn.ChannelShuffle(2)),
+    'chunk_swapped_cat': lambda: images(lambda s,h: torch.cat(h.chunk(2,1)[::-1], 1)),
+    'split_and_cat': lambda: images(lambda s,h: torch.cat(h.split([3,5],1), dim=1)),
+    'cat_negative_dim': lambda: images(lambda s,h: torch.cat([h,s.n(h)], -3), n=nn.Conv2d(8,6,1), last=nn.Conv2d(14,5,1)),
+    'cat_keywords': lambda: images(lambda s,h: torch.cat(tensors=[h,s.n(h)], dim=1), n=nn.Conv2d(8,6,1), last=nn.Conv2d(14,5,1)),
+    'cat_and_add': lambda: images(lambda s,h: torch.cat([h,s.n(h)],1)+s.m(h), n=nn.Conv2d(8,6,1), m=nn.Conv2d(8,14,1), last=nn.Conv2d(14,5,1)),
+    'pad_channels': lambda: images(lambda s,h: F.pad(h, (0,0,0,0,2,2))+s.m(h), m=nn.Conv2d(8,12,1), last=nn.Conv2d(12,5,1)),
+    'crop_channels': lambda: images(lambda s,h: F.pad(h, (0,0,0,0,-2,-2)), last=nn.Conv2d(4,5,1)),
+    'pad_space': lambda: images(lambda s,h: F.pad(F.pad(h, (1,1,1,1), mode='reflect'), (1,0))),
+    'pool': lambda: images(lambda s,h: F.avg_pool2d(F.max_pool2d(h, 2, 1), 2, 1)),
+    'interpolate': lambda: images(lambda s,h: F.interpolate(h, scale_factor=2, mode='bilinear')),
+    'flip_space': lambda: images(lambda s,h: h.flip(2).roll((1,1), (2,3))),
+    'shift_channels': lambda: images(lambda s,h: torch.cat([h[:,4:],h[:,:4]], 1)),
+    'unfold': lambda: images(lambda s,h: F.unfold(h, 3).unsqueeze(-1), last=nn.Conv2d(72,5,1)),
+    'pixel_unshuffle': lambda: images(lambda s,h: F.pixel_unshuffle(h, 2), last=nn.Conv2d(32,5,1)),
+    'repeat': lambda: images(lambda s,h: h.repeat(1,2,1,1), last=nn.Conv2d(16,5,1)),
+    'buffer_added': lambda: images(lambda s,h: h+s.i, i=torch.randn(8,1,1)),
+    'parameter_multiplied': lambda: images(lambda s,h: h*s.i, i=nn.Parameter(torch.randn(1,8,1,1))),
+    'functional_conv': lambda: images(lambda s,h: F.conv2d(h, s.w), w=nn.Parameter(torch.randn(8,8,1,1))),
+    'einsum': lambda: images(lambda s,h: torch.einsum('bchw,dc->bdhw', h, s.w), w=nn.Parameter(torch.randn(8,8))),
+    'squeeze_excite': lambda: images(lambda s,h: h*s.n(h), n=nn.Sequential(nn.AdaptiveAvgPool2d(1),nn.Conv2d(8,4,1),nn.ReLU(),nn.Conv2d(4,8,1),nn.Sigmoid())),
+    'grouped_conv': lambda: images(lambda s,h: s.n(h), n=nn.Conv2d(8,16,3,groups=2), last=nn.Conv2d(16,5,1)),
+    'grouped_conv_after_cat': lambda: images(lambda s,h: s.n(torch.cat([h,s.m(h)],1)), m=nn.Conv2d(8,8,1), n=nn.Conv2d(16,16,3,groups=4), last=nn.Conv2d(16,5,1)),
+    'depthwise_conv': lambda: images(lambda s,h: s.n(h), n=nn.Conv2d(8,16,3,groups=8), last=nn.Conv2d(16,5,1)),
+    'transposed_conv': lambda: images(lambda s,h: s.n(h), n=nn.ConvTranspose2d(8,8,2,2)),
+    'transposed_grouped_conv': lambda: images(lambda s,h: s.n(h), n=nn.ConvTranspose2d(8,16,2,2,groups=2), last=nn.Conv2d(16,5,1)),
+    'transposed_depthwise_conv': lambda: images(lambda s,h: s.n(h), n=nn.ConvTranspose2d(8,16,2,2,groups=8), last=nn.Conv2d(16,5,1)),
+    'weight_norm': lambda: images(lambda s,h: s.n(h), n=nn.utils.parametrizations.weight_norm(nn.Conv2d(8,8,1))),
+    'spectral_norm': lambda: images(lambda s,h: s.n(h), n=nn.utils.parametrizations.spectral_norm(nn.Conv2d(8,8,1))),
+    'in_place': lambda: images(lambda s,h: h.relu_().add_(1).mul_(s.i), i=nn.Parameter(torch.randn(8,1,1))),
+    'in_place_on_halves': lambda: images(lambda s,h: _halves_in_place(h)),
+    'written_in_halves': lambda: images(lambda s,h: _swap_halves(h)),
+    'module_used_twice': lambda: images(lambda s,h: s.n(s.n(h).relu()), n=nn.Conv2d(8,8,1)),
+    'checkpointed': lambda: images(lambda s,h: torch.utils.checkpoint.checkpoint(s.n, h, use_reentrant=False), n=nn.Conv2d(8,8,1)),
+    'linear_on_space': lambda: images(lambda s,h: s.n(h.flatten(2)).view_as(h), n=nn.Linear(9,9), first=nn.Conv2d(3,9,4), last=nn.Conv2d(9,5,3)),
+    'token_mixing': lambda: tokens(lambda s,h: s.n(h.transpose(1,2)).transpose(1,2)+h, n=nn.Linear(4,4), c=4),
+    'layernorm': lambda: tokens(lambda s,h: s.n(h), n=nn.LayerNorm(8)),
+    'rmsnorm': lambda: tokens(lambda s,h: s.n(h), n=nn.RMSNorm(8)),
+    'flattened_tokens': lambda: tokens(lambda s,h: s.n(h.flatten(1)), n=nn.Linear(32,8)),
+    'class_token': lambda: tokens(lambda s,h: (torch.cat([s.t.expand(2,-1,-1),h], 1)+s.pos)[:,0], t=nn.Parameter(torch.randn(1,1,8)), pos=nn.Parameter(torch.randn(1,5,8))),
+    'gru': lambda: tokens(lambda s,h: s.n(h)[0], n=nn.GRU(8,8)),
+    'lstm': lambda: tokens(lambda s,h: s.n(h)[0], n=nn.LSTM(8,8,2,bidirectional=True), last=nn.Linear(16,3)),
+    'attention_module': lambda: tokens(lambda s,h: s.n(h,h,h)[0]+h, n=nn.MultiheadAttention(8,2,batch_first=True)),
+    'cross_attention_module': lambda: tokens(lambda s,h: s.n(h,s.m(h),s.m(h))[0]+h, n=nn.MultiheadAttention(8,2,kdim=6,vdim=6,add_bias_kv=True), m=nn.Linear(8,6)),
+    'transformer_encoder': lambda: tokens(lambda s,h: s.n(h), n=nn.TransformerEncoder(nn.TransformerEncoderLayer(8,2,16,batch_first=True), 2)),
+    'transformer_decoder': lambda: tokens(lambda s,h: s.n(h,h), n=nn.TransformerDecoder(nn.TransformerDecoderLayer(8,2,16,batch_first=True), 1)),
+}
+
+frozen = { # the channels between first and last layer have an order
+    'flip': lambda: images(lambda s,h: h.flip(1)),
+    'flip_added': lambda: images(lambda s,h: h+h.flip(1)),
+    'roll': lambda: images(lambda s,h: h.roll(1,1)),
+    'cumsum': lambda: images(lambda s,h: h.cumsum(1)),
+    'sort': lambda: images(lambda s,h: h.sort(1).values),
+    'argmax': lambda: images(lambda s,h: h*h.argmax(1, keepdim=True)),
+    'topk': lambda: images(lambda s,h: h.topk(4,1).values, last=nn.Conv2d(4,5,1)),
+    'index_by_buffer': lambda: images(lambda s,h: h[:,s.i], i=torch.randperm(8)),
+    'index_select': lambda: images(lambda s,h: h.index_select(1,s.i), i=torch.randperm(8)),
+    'gather': lambda: images(lambda s,h: h.gather(1,s.i.expand(2,8,6,6)), i=torch.randperm(8).view(1,8,1,1)),
+    'boolean_index': lambda: images(lambda s,h: h.index_put((h<0,), torch.zeros((), dtype=h.dtype))),
+    'every_other': lambda: images(lambda s,h: h[:,::2], last=nn.Conv2d(4,5,1)),
+    'reversed_stack': lambda: images(lambda s,h: torch.stack(h.unbind(1)[::-1], 1)),
+    'set_first': lambda: images(lambda s,h: _set_first(h)),
+    'add_arange': lambda: images(lambda s,h: h+torch.arange(8).view(1,-1,1,1).to(h)),
+    'detour_by_data': lambda: images(lambda s,h: h.data.flip(1)),
+    'generated_conv': lambda: images(lambda s,h: F.conv2d(h, s.n(h.mean((0,2,3))).view(8,8,1,1))*h, n=nn.Linear(8,64)),
+    'local_response_norm': lambda: images(lambda s,h: s.n(h), n=nn.LocalResponseNorm(3)),
+    'channels_to_space': lambda: images(lambda s,h: F.pixel_shuffle(h,2), first=nn.Conv2d(3,16,3,padding=1), last=nn.Conv2d(4,5,1)),
+    'numpy': lambda: images(lambda s,h: torch.from_numpy(np.flip(h.numpy(),1).copy())),
+    'decision_by_item': lambda: images(lambda s,h: h.relu() if h.sum().item()>0 else h),
+    'decision_by_bool': lambda: images(lambda s,h: h.relu() if (h>0).any() else h),
+    'decision_by_list': lambda: images(lambda s,h: h.relu() if h.flatten().tolist()[0]>0 else h),
+    'bilinear': lambda: tokens(lambda s,h: s.n(h,h), n=nn.Bilinear(8,8,8)),
+}
+
+@pytest.mark.parametrize('name', [*safe,*frozen])
+def test_operation(name):
+    torch.manual_seed(0)
+    model,xb = {**safe,**frozen}[name]()
+    columns,change = shuffle(deepcopy(model), xb)
+    assert change<1e-12
+    assert ('last.weight' in columns)==(name in safe)
+    res,change = permute(model, xb)
+    assert change<1e-4 and not any('rolled back' in g.status for g in res.groups)
