@@ -1,7 +1,7 @@
 "The command line and the experiment behind it: arguments to exit codes, images to artifacts."
 import base64,csv,re,subprocess,sys
 import pytest
-from fastai.vision.all import *
+from fastai.vision.all import Callback,Image,Learner,Path,get_image_files,get_random_states,load_learner,np,random,shutil,torch
 from fastsparse_create.cli import main
 from fastsparse_create.experiment import training_aware as module
 from fastsparse_create.experiment.data import load_images
@@ -195,7 +195,7 @@ def refused(capsys, *args):
     ([*small,'--data',__file__], 'this is a file'),
     ([*small,*digits,'--model','squeezenet1_2'], "did you mean 'squeezenet1_1'"),
     ([*small,*digits,'--model','/nowhere.pth'], '/nowhere.pth: no such file'),
-    ([*small,*digits,'--model','vit_b_16'], "can't take images of 3x32x32"),
+    ([*small,*digits,'--train-kwargs','{"size": 8}'], "can't take images of 3x8x8"),
     ([*small,*digits,'--eval-metric','acuracy'], "did you mean 'accuracy'?"),
     ([*small,*digits,'--recipe','/nowhere.yaml'], '/nowhere.yaml'),
     ([*small,*digits,'--recipe-args','sparsty=0.5'], "did you mean 'sparsity'?"),

@@ -169,3 +169,196 @@ def test_operation(name):
     assert ('last.weight' in columns)==(name in safe)
     res,change = permute(model, xb)
     assert change<1e-4 and not any('rolled back' in g.status for g in res.groups)
+
+# structures
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c = nn.Linear(8,8),nn.Linear(8,8),nn.Linear(8,3)
+        self.b.weight = self.a.weight
+    def forward(self, x): return self.c(self.b(self.a(x).relu()).relu())
+
+class Autoencoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c = nn.Linear(5,8),nn.Linear(8,16),nn.Linear(5,3)
+    def forward(self, x): return self.c(F.linear(F.linear(self.b(self.a(x).relu()).relu(), self.b.weight.t()), self.a.weight.t()))
+
+class LanguageModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb,self.hidden,self.out = nn.Embedding(16,8,padding_idx=0),nn.Linear(8,8),nn.Linear(8,16,bias=False)
+        self.out.weight = self.emb.weight
+    def forward(self, x): return self.out(self.hidden(self.emb(x)).relu())
+
+class ThreeLinears(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c,self.aux = nn.Linear(8,8),nn.Linear(8,8),nn.Linear(8,3),nn.Linear(8,3)
+    def forward(self, x): return self.c(self.b(self.a(x).relu()).relu())
+
+class ManyOutputs(ThreeLinears):
+    def forward(self, x):
+        h = self.a(x).relu()
+        g = self.b(h)
+        return {'out':self.c(g), 'features':[h]}
+
+class KeepsFeatures(ThreeLinears):
+    def forward(self, x):
+        self.features = self.a(x).relu()
+        return self.c(self.b(self.features))
+
+class Auxiliary(ThreeLinears):
+    def forward(self, x):
+        h = self.a(x).relu()
+        return (self.c(self.b(h)),self.aux(h)) if self.training else self.c(self.b(h))
+
+class OrderedAuxiliary(ThreeLinears):
+    def forward(self, x):
+        h = self.a(x).relu()
+        return (self.c(self.b(h)),self.aux(h.flip(1))) if self.training else self.c(self.b(h))
+
+class Keywords(ThreeLinears):
+    def forward(self, x, *, scale): return self.c(self.b(self.a(x)*scale))
+
+class Collisions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer1 = nn.ModuleList([nn.Linear(8,8), nn.Linear(8,8)])
+        self.layer11,self.layer_11,self.out = nn.Linear(8,8),nn.Linear(8,8),nn.Linear(8,3)
+    def forward(self, x): return self.out(self.layer_11(self.layer11(self.layer1[1](self.layer1[0](x).relu())+x).relu()))
+
+class HandWrittenAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inp,self.qkv,self.proj,self.out = nn.Linear(5,16),nn.Linear(16,48),nn.Linear(16,16),nn.Linear(16,3)
+    def forward(self, x):
+        h = self.inp(x)
+        q,k,v = self.qkv(h).reshape(*x.shape[:2],3,2,8).permute(2,0,3,1,4)
+        a = ((q@k.transpose(-1,-2)/8**.5).softmax(-1)@v).transpose(1,2).flatten(2)
+        return self.out(h+self.proj(a))
+
+class RotaryAttention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inp,self.q,self.k,self.v,self.proj,self.out = nn.Linear(5,16),nn.Linear(16,16),nn.Linear(16,16),nn.Linear(16,16),nn.Linear(16,16),nn.Linear(16,3)
+        self.register_buffer('angles', torch.rand(4,8))
+    def rotate(self, x):
+        a,b = x.chunk(2,-1)
+        return x*self.angles.cos()+torch.cat([-b,a],-1)*self.angles.sin()
+    def forward(self, x):
+        h = self.inp(x)
+        q,k,v = (l(h).view(*x.shape[:2],2,8).transpose(1,2) for l in (self.q,self.k,self.v))
+        a = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
+        return self.out(h+self.proj(a.transpose(1,2).reshape(h.shape)))
+
+class TinyUnet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        def block(i, o): return nn.Sequential(nn.Conv2d(i,o,3,padding=1), nn.BatchNorm2d(o), nn.ReLU(inplace=True))
+        self.down1,self.down2,self.up2,self.up1 = block(3,8),block(8,16),block(24,8),block(11,8)
+        self.out = nn.Conv2d(8,2,1)
+    def forward(self, x):
+        a = self.down1(x)
+        b = F.interpolate(self.down2(F.max_pool2d(a, 2)), scale_factor=2)
+        return self.out(self.up1(torch.cat([x,self.up2(torch.cat([a,b],1))],1)))
+
+structures = { # model, example, weights whose columns are permuted
+    'tied_to_the_input': (Tied, lambda: torch.randn(2,8), set()),
+    'tied_autoencoder': (Autoencoder, lambda: torch.randn(2,5), {'b.weight'}),
+    'tied_embedding': (LanguageModel, lambda: torch.randint(16,(2,4)), {'hidden.weight'}),
+    'many_outputs': (ManyOutputs, lambda: torch.randn(2,8), {'c.weight'}),
+    'features_kept': (KeepsFeatures, lambda: torch.randn(2,8), {'c.weight'}),
+    'auxiliary_head': (Auxiliary, lambda: torch.randn(2,8), {'b.weight','c.weight','aux.weight'}),
+    'ordered_auxiliary_head': (OrderedAuxiliary, lambda: torch.randn(2,8), {'c.weight'}),
+    'unused_layer': (ThreeLinears, lambda: torch.randn(2,8), {'b.weight','c.weight'}),
+    'arguments': (Keywords, lambda: {'x':torch.randn(2,8), 'scale':torch.randn(2,1)}, {'b.weight','c.weight'}),
+    'names_that_collide': (Collisions, lambda: torch.randn(2,8), {'layer1.1.weight','layer_11.weight','out.weight'}),
+    'layernorm_over_the_batch': (lambda: nn.Sequential(nn.Linear(8,8), nn.LayerNorm([8,8]), nn.Linear(8,8)), lambda: torch.randn(8,8), {'2.weight'}),
+    'hand_written_attention': (HandWrittenAttention, lambda: torch.randn(2,4,5), {'qkv.weight','proj.weight','out.weight'}),
+    'rotary_attention': (RotaryAttention, lambda: torch.randn(2,4,5), {'q.weight','k.weight','v.weight','proj.weight','out.weight'}),
+    'unet': (TinyUnet, lambda: torch.randn(2,3,8,8), {'down2.0.weight','up2.0.weight','up1.0.weight','out.weight'}),
+    'one_channel': (lambda: nn.Sequential(nn.Conv2d(1,8,3), nn.ReLU(), nn.Flatten(), nn.Linear(128,4)), lambda: torch.randn(2,1,6,6), {'3.weight'}),
+    'conv1d': (lambda: nn.Sequential(nn.Conv1d(2,8,3), nn.BatchNorm1d(8), nn.MaxPool1d(2), nn.Conv1d(8,8,1), nn.Flatten(), nn.Linear(24,3)), lambda: torch.randn(2,2,8), {'3.weight','5.weight'}),
+    'conv3d': (lambda: nn.Sequential(nn.Conv3d(2,8,1), nn.BatchNorm3d(8), nn.MaxPool3d(2), nn.Conv3d(8,8,1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(8,3)),
+               lambda: torch.randn(2,2,4,4,4), {'3.weight','6.weight'}),
+}
+
+@pytest.mark.parametrize('name', structures)
+def test_structure(name):
+    torch.manual_seed(0)
+    make,example,expected = structures[name]
+    model,xb = make(),example()
+    columns,change = shuffle(deepcopy(model), xb)
+    assert change<1e-12 and columns==expected
+    res,change = permute(model, xb)
+    assert change<1e-4 and not any('rolled back' in g.status for g in res.groups)
+
+# random graphs
+
+class Drawn(nn.Module):
+    "A graph with a node for each of `steps`: what it does, and from which earlier nodes; the last two are returned"
+    def __init__(self, steps):
+        super().__init__()
+        self.plan,self.layers,widths = [],nn.ModuleList(),[3]
+        for op,i,j in steps:
+            i,j = i%len(widths),j%len(widths)
+            layer,width,j = getattr(self, op)(widths, i, j)
+            self.layers.append(layer)
+            self.plan.append((op, i, j))
+            widths.append(width)
+        self.heads = nn.ModuleList(nn.Conv2d(w,4,1) for w in widths[-2:])
+
+    def forward(self, x):
+        nodes = [x]
+        for (op,i,j),layer in zip(self.plan, self.layers):
+            inputs = [nodes[i]] if j is None else [nodes[i],nodes[j]]
+            nodes.append(layer(*inputs))
+        return [head(h) for head,h in zip(self.heads, nodes[-2:])]
+
+    def conv(self, widths, i, j): return nn.Conv2d(widths[i], 8, 1+2*(j%2), padding=j%2), 8, None
+    def conv_wide(self, widths, i, j): return nn.Conv2d(widths[i], 12, 1), 12, None
+    def depthwise(self, widths, i, j): return nn.Conv2d(widths[i], 2*widths[i], 1, groups=widths[i]), 2*widths[i], None
+    def grouped(self, widths, i, j):
+        groups = 4 if widths[i]%4==0 else 1
+        return nn.Conv2d(widths[i], 8, 1, groups=groups), 8, None
+    def norm(self, widths, i, j): return [nn.BatchNorm2d, nn.InstanceNorm2d, lambda w: nn.GroupNorm(1, w), nn.PReLU][j%4](widths[i]), widths[i], None
+    def relu(self, widths, i, j): return nn.ReLU(), widths[i], None
+    def add(self, widths, i, j): return (Apply(torch.add), widths[i], j) if widths[i]==widths[j] else (Apply(gate), widths[i], j)
+    def cat(self, widths, i, j): return Apply(lambda a,b: torch.cat([a,b], 1)), widths[i]+widths[j], j
+    def swap(self, widths, i, j): return Apply(lambda a: torch.cat([a[:,j%a.shape[1]:],a[:,:j%a.shape[1]]], 1)), widths[i], None
+    def head(self, widths, i, j): return Apply(lambda a: a[:,:max(1,a.shape[1]//2)]), max(1,widths[i]//2), None
+    def shuffle(self, widths, i, j):
+        n = next(n for n in (4,3,2,1) if widths[i]%n==0)
+        return Apply(lambda a: a.unflatten(1, (n,-1)).transpose(1,2).flatten(1,2)), widths[i], None
+    def attention(self, widths, i, j):
+        n = next(n for n in (4,3,2,1) if widths[i]%n==0)
+        return Apply(lambda a: heads_attention(a, n)), widths[i], None
+    def softmax(self, widths, i, j): return Apply(lambda a: a.softmax(1)-a.mean(1, keepdim=True)), widths[i], None
+    def ordered(self, widths, i, j):
+        return Apply([lambda a: a.flip(1), lambda a: a.cumsum(1), lambda a: a.sort(1).values, lambda a: a+torch.arange(a.shape[1]).view(-1,1,1)][j%4]), widths[i], None
+    def transposed(self, widths, i, j): return Apply(lambda a: a.transpose(1,2).contiguous().view_as(a) if a.shape[1]==a.shape[2] else a), widths[i], None
+    def in_place(self, widths, i, j): return Apply(lambda a: a.clone().mul_(2).add_(a.amax(1, keepdim=True))), widths[i], None
+
+class Apply(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+    def forward(self, *args): return self.f(*args)
+
+def gate(a, b): return a*b.mean(1, keepdim=True).sigmoid()
+
+def heads_attention(a, n):
+    h = a.flatten(2).unflatten(1, (n,-1)).transpose(-1,-2)
+    return F.scaled_dot_product_attention(h, h, h).transpose(-1,-2).flatten(1,2).view_as(a)
+
+steps = st.tuples(st.sampled_from([k for k in vars(Drawn) if not k.startswith('_') and k!='forward']), st.integers(0,20), st.integers(0,20))
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(steps, min_size=2, max_size=10))
+def test_random_graphs(drawn):
+    torch.manual_seed(0)
+    model = Drawn(drawn)
+    _,change = shuffle(model, torch.randn(2,3,8,8))
+    assert change<1e-9
