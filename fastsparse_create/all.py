@@ -22,3 +22,4 @@ from .recipe.compile import *
 from .recipe.generate import *
 from .report import *
 from .plots import *
+from .export import *
