@@ -15,7 +15,7 @@ def tidy(path):
         for out in cell['outputs']:
             if 'text' in out: out['text'] = _shown(''.join(out['text'])).splitlines(True)
         cell['outputs'] = [o for o in cell['outputs'] if o.get('text', True)]
-        cell['execution_count'] = None
+        cell['execution_count'],cell['metadata'] = None,{}
         for out in cell['outputs']: out.pop('execution_count', None) if out['output_type']!='execute_result' else out.update(execution_count=None)
     path.write_text(json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True)+'\n', encoding='utf-8')
 
