@@ -110,7 +110,7 @@ def attach_masks(model:nn.Module, # Model to change
         model._is_masked_root = True
     return [p for p in masked_params(model) if p.name in sites]
 
-# %% ../nbs/05_masking.ipynb #1ef4f8b6
+# %% ../nbs/05_masking.ipynb #12338216
 _grad_hooks,_managed = WeakTensorKeyDictionary(),set()
 
 def enforce(module:nn.Module, # A masked model, or one of its masked layers
@@ -129,6 +129,8 @@ def enforce(module:nn.Module, # A masked model, or one of its masked layers
 def _enforce_own(module):
     for attr,is_enforced in _masked(module).items():
         if not is_enforced: continue
+        if attr in getattr(module, 'parametrizations', ()):
+            raise RuntimeError(f"{attr!r} was parametrized after it was masked: make_permanent first, and mask 'parametrizations.{attr}.original'")
         param,mask = getattr(module, attr),module._buffers[f'{attr}_mask']
         mask_tensors([param], [mask])
         _hook_grad(param, mask)
