@@ -14,7 +14,7 @@ def make_images(folder, n, shade=128):
     folder.mkdir(parents=True)
     for i in range(n): Image.effect_noise((32,32), 40).point(lambda v: (v+shade)//2).convert('RGB').save(folder/f'{i}.png')
 
-classes = ['<b>bold & cat','dog']
+classes = ['<b>bold & $cat','dog']
 
 @pytest.fixture(scope='session')
 def images(tmp_path_factory):
@@ -89,7 +89,7 @@ def test_both_files_give_the_same_predictions(made, images):
 
 def test_the_report_escapes_and_needs_nothing_else(made):
     page = (made/'report.html').read_text()
-    assert '<b>bold' not in page and '&lt;b&gt;bold &amp; cat' in page
+    assert '<b>bold' not in page and '&lt;b&gt;bold &amp; $cat' in page
     assert '<script' not in page and not re.findall(r'(?:src|href)="(?!data:)', page) and 'url(' not in page
     pictures = re.findall(r'src="data:image/(svg\+xml|png);base64,([^"]+)"', page)
     assert len(pictures)==6 and all(base64.b64decode(data) for _,data in pictures)
@@ -160,11 +160,12 @@ def test_a_trained_model_is_a_start(made, images, tmp_path, quick):
         assert all(torch.equal(v, state[k]) for k,v in exp._network().state_dict().items())
         assert exp.arch==('squeezenet1_1' if kind=='pth' else None)
 
-def test_what_fails_leaves_nothing(tmp_path, monkeypatch):
+def test_what_is_incomplete_says_so(tmp_path, monkeypatch):
     def fail(*args): raise RuntimeError('no zeros')
     monkeypatch.setattr(module, 'check_promise', fail)
     with pytest.raises(RuntimeError, match='no zeros'): main(['training-aware', *small, *digits, '--working-dir', str(tmp_path)])
-    assert not list(tmp_path.iterdir())
+    folder, = tmp_path.iterdir()
+    assert folder.name.endswith('_incomplete') and (folder/'model.pth').exists()
 
 def test_a_loss_that_is_no_number_is_no_result(tmp_path):
     with pytest.raises((RuntimeError,ValueError), match='diverged|NaN'):

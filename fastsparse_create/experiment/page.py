@@ -17,7 +17,7 @@ from .. import __version__
 from ..plots import *
 from ..report import *
 
-# %% ../../nbs/43_experiment.page.ipynb #becbc0c1
+# %% ../../nbs/43_experiment.page.ipynb #ec6ed17f
 _css = '''
 :root{color-scheme:light;--ink:#1c2430;--soft:#5d6978;--line:#dfe4ea;--tint:#f5f7f9;--accent:#1f77b4}
 *{box-sizing:border-box}
@@ -64,8 +64,9 @@ def html_figure(draw, # Draws with pyplot when called
                )->str:
     "A picture, inside of the page"
     open_before,file = set(plt.get_fignums()),io.BytesIO()
-    draw()
-    plt.gcf().savefig(file, format=kind, dpi=110, bbox_inches='tight')
+    with plt.rc_context({'text.parse_math':False}):  # a class may be called `$100`
+        draw()
+        plt.gcf().savefig(file, format=kind, dpi=110, bbox_inches='tight')
     for n in set(plt.get_fignums())-open_before: plt.close(n)
     mime = 'image/svg+xml' if kind=='svg' else 'image/png'
     return (f'<figure><img alt="{escape(caption)}" src="data:{mime};base64,{base64.b64encode(file.getvalue()).decode()}">'
@@ -119,7 +120,7 @@ def _facts(exp):
            'Date':datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z')}
     return html_table(run.items(), cls='plain facts')
 
-# %% ../../nbs/43_experiment.page.ipynb #1a7a6fee
+# %% ../../nbs/43_experiment.page.ipynb #acab621f
 def _plot_history(exp):
     fig,axs = plt.subplots(1, 2, figsize=(9,3), layout='constrained')
     for ax,column in zip(axs, ['valid_loss', exp.runs[0].history.columns[4]]):
@@ -136,7 +137,7 @@ def _typical_weight(exp):
     return min(sizes, key=lambda n: abs(sizes[n]-40_000))
 
 def _predictions(exp):
-    with no_random(exp.seed), exp.learn.no_bar(): exp.learn.show_results(max_n=12, figsize=(8,7))
+    with exp.learn.no_bar(): exp.learn.show_results(max_n=12, figsize=(8,7))
     plt.tight_layout()
 
 def _training(exp):

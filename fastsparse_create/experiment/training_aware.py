@@ -69,7 +69,7 @@ def check_promise(promised:dict, # Name -> sparsity
         raise RuntimeError(f"the recipe promises a sparsity of {expected:.2%}, the saved weights have {measured:.2%}")
     return measured
 
-# %% ../../nbs/42_experiment.training_aware.ipynb #8b331d50
+# %% ../../nbs/42_experiment.training_aware.ipynb #6915f773
 @dataclass
 class Run:
     "A training that is over"
@@ -87,7 +87,7 @@ class TrainingAware:
                  data:str, # A folder, or the name of a data set
                  optim_level:float=.5, # 0: dense only; below 0.3: INT8 only; 0.3 to 1: 60 % to 95 % sparse, too
                  eval_metric:str=None, # What to compare the models by; default: the use case's first
-                 recipe=None, # Path of a recipe, or a `Recipe`; default: one is generated for `optim_level`
+                 recipe=None, # Path of a recipe; default: one is generated for `optim_level`
                  recipe_args=None, # Values for the recipe's variables: a dict, JSON, or `'sparsity=0.9,num_epochs=5'`
                  train_kwargs=None, # Options of the use case, `lr`, `bs` and so on: a dict, or its text
                  epochs:int=None, # Epochs of each training; default: the recipe's, or what suits the data
@@ -148,15 +148,19 @@ class TrainingAware:
     def run(self,
             show_bar:bool=True, # Show progress bars?
            )->'TrainingAware':
-        "Train, measure, and write the folder `self.folder`; a run that fails leaves no folder"
-        stamp = datetime.now().strftime('%Y_%m_%d_%H_%M_%S')
+        "Train, measure, and write the folder `self.folder`, which is there when all of it is written"
+        folder = self.working_dir/f"training_aware_{self.case.name}_{datetime.now().strftime('%Y_%m_%d_%H_%M_%S')}"
         with tempfile.TemporaryDirectory(dir=self.working_dir, prefix='.training_aware_') as tmp:
             self.runs = [self._train('dense', _dense_part(self.recipe), show_bar)]
             if pruners(self.recipe): self.runs.append(self._train('sparse', self.recipe, show_bar))
             out = Path(tmp)/'out'
             out.mkdir()
-            self._write(out)
-            self.folder = out.rename(_unused(self.working_dir/f'training_aware_{self.case.name}_{stamp}'))
+            try:
+                with no_random(self.seed): self._write(out)
+            except BaseException:
+                out.rename(_unused(folder.with_name(f'{folder.name}_incomplete')))  # hours of training aren't thrown away
+                raise
+            self.folder = out.rename(_unused(folder))
         logger.info(f"Results are in {self.folder}")
         return self
 
@@ -175,7 +179,7 @@ class TrainingAware:
 
     def _measure(self, run, state):
         "What `metrics.csv` says of a run, its zeros counted in `state`"
-        with run.learn.no_bar(), no_random(self.seed): loss,*values = run.learn.validate()
+        with run.learn.no_bar(): loss,*values = run.learn.validate()
         sizes = [p.numel() for p in run.learn.model.parameters()]
         zeros = _zeros(state, [n for n,_ in run.learn.model.named_parameters()])
         return {'model':run.name, **dict(zip(self.metric_names, values)), 'loss':loss,
