@@ -363,16 +363,18 @@ def test_resume_keeps_the_masks(tmp_path):
     other.fit(2)
     assert same(masks, {p.name:p.param!=0 for p in masked_params(other.model)})
 
-def test_errors_in_training_change_nothing():
-    model = nn.Sequential(nn.Linear(4,8), nn.Linear(8,2))
-    for cb,words in ((GlobalMagnitudePruningModifier(0., .5, 0, 1, .5, mask_type='2:4'), "layers can't compete"),
-                     (GMPruningModifier(.8, .8, 0, 1, .5, mask_type='2:4'), "can't reach a sparsity of 0.8")):
-        before = weights(model)
-        with pytest.raises(ValueError, match=words): tiny_learner(model).fit(1, cbs=cb)
-        assert same(before, weights(model))
+def test_impossible_targets_are_refused_before_training():
+    with pytest.raises(ValueError, match="layers can't compete"): GlobalMagnitudePruningModifier(0., .5, 0, 1, .5, mask_type='2:4')
+    for final in (.3,.8):
+        with pytest.raises(ValueError, match='final_sparsity must be 0.5'): GMPruningModifier(0., final, 0, 1, .5, mask_type='2:4')
+
+def test_layers_that_do_not_fit_stay_dense_unless_they_are_named():
     image = nn.Sequential(nn.Conv2d(3,8,3), nn.Conv2d(8,8,3))
-    with pytest.raises(ValueError, match='multiple of 4'): sparsify_model(image, .5, mask_type='2:4')
-    assert not masked_params(image)
+    for params,words in (('0.weight','0.weight: .*multiple of 4'), (['__ALL_PRUNABLE__','0'],'multiple of 4'), ('re:0','multiple of 4')):
+        with pytest.raises(ValueError, match=words): sparsify_model(image, .5, params, mask_type='2:4')
+        assert not masked_params(image)
+    sparsify_model(image, .5, mask_type='2:4')
+    assert [p.name for p in masked_params(image)]==['1.weight'] and is_nm(image[1].weight, 2, 4)
 
 @pytest.mark.parametrize('name', ['2:4','1:16','64:2:8','4:8-T','m4n2_2d_best','m16n8_1d'])
 def test_recipes_spell_patterns_without_quotes(name):
