@@ -1,20 +1,22 @@
 "Whatever is permuted, the model computes what it did: operations one by one, random graphs, the usual architectures"
-import gc,numpy as np,pytest,torch
+import io,numpy as np,pytest,torch
 import torch.nn.functional as F
-from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
+from fastai.optimizer import Adam,Lookahead,OptimWrapper,RAdam
 from hypothesis import given,settings,strategies as st
-from torch import nn
+from torch import nn,Tensor
 from fastsparse_create.masking import *
 from fastsparse_create.permutation.apply import *
 from fastsparse_create.permutation.apply import _belongings,_indices,_move
 from fastsparse_create.permutation.graph import *
-from fastsparse_create.permutation.graph import _call,_change,_map,_perturb,_tensors
+from fastsparse_create.permutation import rules
+from fastsparse_create.permutation.graph import _call,_change,_map,_perturb
 from fastsparse_create.selection import *
 
 def outputs(model, xb):
     model.eval()
-    with torch.no_grad(): return [o.clone() for o in _tensors(_call(model, _map(torch.clone, xb)))]
+    with torch.no_grad(): return [o.clone() for o in rules.tensors_in(_call(model, _map(torch.clone, xb)))]
 
 def generic(model, seed=1):
     "Random weights, norms and statistics, so that no two channels are alike"
@@ -26,7 +28,7 @@ def shuffle(model, xb, seed=0):
     model = generic(model).double()
     xb = _map(lambda x: x.double() if x.is_floating_point() else x, xb)
     groups,_ = permutation_groups(model, xb)
-    before,belongings,rng = outputs(model, xb),_belongings(model, None, None),torch.Generator().manual_seed(seed)
+    before,belongings,rng = outputs(model, xb),_belongings(model),torch.Generator().manual_seed(seed)
     shapes = {n:x[0].shape for n,x in belongings.items()}
     for g in groups: _move(belongings, _indices(g, torch.randperm(g.size, generator=rng), shapes))
     return {p.name for g in groups for p in g.columns},_change(before, outputs(model, xb))
@@ -45,10 +47,10 @@ class Between(nn.Module):
     def __init__(self, f, first=None, last=None, **kwargs):
         super().__init__()
         self.f,self.first,self.last = f,first or nn.Conv2d(3,8,3,padding=1),last or nn.Conv2d(8,5,3)
-        for k,v in kwargs.items(): self.register_buffer(k, v) if type(v)==torch.Tensor else setattr(self, k, v)
+        for k,v in kwargs.items(): self.register_buffer(k, v) if type(v)==Tensor else setattr(self, k, v)
     def forward(self, x): return self.last(self.f(self, self.first(x)))
 
-def images(f, x=None, **kwargs): return Between(f, **kwargs),torch.randn(2,3,6,6) if x is None else x
+def images(f, **kwargs): return Between(f, **kwargs),torch.randn(2,3,6,6)
 
 def tokens(f, c=8, last=None, **kwargs): return Between(f, nn.Linear(5,c), last or nn.Linear(c,3), **kwargs),torch.randn(2,4,5)
 
@@ -362,3 +364,374 @@ def test_random_graphs(drawn):
     model = Drawn(drawn)
     _,change = shuffle(model, torch.randn(2,3,8,8))
     assert change<1e-9
+
+# architectures
+
+def tv(name, **kwargs):
+    import torchvision
+    return getattr(torchvision.models, name)(num_classes=10, **kwargs)
+
+def xresnet():
+    from fastai.vision.models.xresnet import xresnet18
+    return xresnet18(n_out=10)
+
+def unet():
+    from fastai.vision.learner import create_body
+    from fastai.vision.models.unet import DynamicUnet
+    return DynamicUnet(create_body(tv('resnet18'), pretrained=False, cut=-2), 3, (64,64))
+
+def timm_model(name):
+    import timm
+    return timm.create_model(name, num_classes=10)
+
+def tabular():
+    from fastai.tabular.model import TabularModel
+    return TabularModel([(5,8),(7,8)], 3, 2, [64,32])
+
+def awd_lstm():
+    from fastai.text.models.awdlstm import AWD_LSTM,awd_lstm_lm_config
+    from fastai.text.models.core import get_language_model
+    return get_language_model(AWD_LSTM, 20, {**awd_lstm_lm_config, 'emb_sz':16, 'n_hid':24, 'n_layers':2})
+
+def image(size, bs=1): return lambda: torch.randn(bs,3,size,size)
+
+fast = { # model, example, how many weights at least have columns that are free
+    'mlp': (lambda: nn.Sequential(nn.Linear(4,16), nn.ReLU(), nn.Linear(16,16), nn.ReLU(), nn.Linear(16,2)), lambda: torch.randn(3,4), 2),
+    'transformer': (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16,2,32,batch_first=True), 2), lambda: torch.randn(2,5,16), 4),
+    'resnet18': (lambda: tv('resnet18'), image(64), 20),
+    'mobilenet_v2': (lambda: tv('mobilenet_v2'), image(64), 35),
+    'mobilenet_v3_small': (lambda: tv('mobilenet_v3_small'), image(64), 42),
+    'shufflenet_v2': (lambda: tv('shufflenet_v2_x0_5'), image(64), 15),
+    'squeezenet': (lambda: tv('squeezenet1_1'), image(64), 25),
+    'mnasnet': (lambda: tv('mnasnet0_5'), image(64), 35),
+    'efficientnet_b0': (lambda: tv('efficientnet_b0'), image(64), 64),
+    'regnet_y_400mf': (lambda: tv('regnet_y_400mf'), image(64), 69),
+    'googlenet': (lambda: tv('googlenet', init_weights=False), image(64), 63),
+    'densenet121': (lambda: tv('densenet121'), image(64), 120),
+    'timm_resnet18': (lambda: timm_model('resnet18'), image(64), 20),
+    'timm_mobilenetv3': (lambda: timm_model('mobilenetv3_small_050'), image(64), 42),
+    'timm_efficientnet_lite0': (lambda: timm_model('efficientnet_lite0'), image(64), 33),
+    'timm_regnetx_002': (lambda: timm_model('regnetx_002'), image(64), 31),
+    'timm_convnext_atto': (lambda: timm_model('convnext_atto'), image(64), 28),
+    'timm_vit_tiny': (lambda: timm_model('vit_tiny_patch16_224'), image(224), 49),
+    'xresnet18': (xresnet, image(64), 22),
+    'tabular': (tabular, lambda: (torch.randint(5,(4,2)), torch.randn(4,3)), 3),
+}
+
+heavy = {
+    'resnet50': (lambda: tv('resnet50'), image(64), 53),
+    'resnext50': (lambda: tv('resnext50_32x4d'), image(64), 37),
+    'vgg11_bn': (lambda: tv('vgg11_bn'), image(32), 10),
+    'convnext_tiny': (lambda: tv('convnext_tiny'), image(64), 40),
+    'swin_t': (lambda: tv('swin_t'), image(64), 52),
+    'vit_b_16': (lambda: tv('vit_b_16'), image(224), 49),
+    'inception_v3': (lambda: tv('inception_v3', init_weights=False), image(299), 90),
+    'unet': (unet, image(64), 35),
+    'timm_hrnet': (lambda: timm_model('hrnet_w18_small'), image(64), 85),
+    'timm_res2net': (lambda: timm_model('res2net50_26w_4s'), image(64), 80),
+    'timm_nf_regnet': (lambda: timm_model('nf_regnet_b0'), image(64), 60),
+    'timm_xcit': (lambda: timm_model('xcit_nano_12_p16_224'), image(224), 60),
+}
+
+def check_architecture(make, example, at_least):
+    torch.manual_seed(0)
+    columns,change = shuffle(make(), example())
+    assert change<1e-9
+    assert len(columns)>=at_least
+
+@pytest.mark.parametrize('name', fast)
+def test_architecture(name): check_architecture(*fast[name])
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', heavy)
+def test_heavy_architecture(name): check_architecture(*heavy[name])
+
+@pytest.mark.parametrize('name,at_least', [('resnet18',20), ('mobilenet_v2',34), ('squeezenet',25)])
+def test_permuted_for_more_magnitude(name, at_least):
+    torch.manual_seed(0)
+    make,example,_ = fast[name]
+    model = make()
+    res,change = permute(model, example(), n_evaluations=150_000)
+    assert change<1e-4 and res.after>res.before
+    assert len(res.permuted)>=at_least
+    assert not any('rolled back' in g.status for g in res.groups)
+
+def test_awd_lstm():
+    torch.manual_seed(0)
+    model,xb = awd_lstm(),torch.randint(20,(2,6))
+    model(xb)[0].sum().backward()  # leaves weights with a history, which can't be copied
+    model.reset()
+    before = model.eval()(xb)[0]
+    res = permute_channels(model, xb, n_evaluations=2000)
+    model.reset()
+    assert _change([before], [model(xb)[0]])<1e-4
+    assert len(res.groups)==4 and not any("can't be run" in g.status for g in res.groups)
+
+# the safety net
+
+@pytest.fixture
+def faulty_flip(monkeypatch):
+    "As if a flip didn't care for the order"
+    monkeypatch.setitem(rules._rules, 'flip', rules._rules['hardswish'])
+
+class Bad(nn.Module):
+    def forward(self, x): return x.flip(1)
+
+def faulty_model(): return nn.Sequential(nn.Linear(4,16), nn.ReLU(), nn.Linear(16,16), Bad(), nn.Linear(16,16), nn.ReLU(), nn.Linear(16,4))
+
+def test_wrong_group_is_rolled_back(faulty_flip):
+    res,change = permute(faulty_model(), torch.randn(3,4))
+    assert change<1e-5
+    assert {g.weights[0]:g.status.split(':')[0] for g in res.groups}=={'0.weight':'frozen', '2.weight':'permuted', '4.weight':'rolled back', '6.weight':'permuted'}
+
+def test_wrong_group_in_a_branch_that_starts_at_zero_is_rolled_back(faulty_flip):
+    torch.manual_seed(0)
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first,self.branch,self.last = nn.Linear(4,16),faulty_model()[2:5],nn.Linear(16,4)
+            nn.init.zeros_(self.branch[-1].weight), nn.init.zeros_(self.branch[-1].bias)
+        def forward(self, x): return self.last(self.first(x)+self.branch(self.first(x)))
+    model = Residual()
+    res = permute_channels(model, torch.randn(3,4), n_evaluations=2000)
+    assert [g.status.split(':')[0] for g in res.groups if 'branch.4.weight' in g.weights]==['rolled back']
+
+def test_forgotten_statistics_are_noticed(monkeypatch):
+    monkeypatch.setitem(rules._rules, 'native_batch_norm', lambda t, a, outs: [t.axes(a.input)]+[[rules.new_axis(n) for n in o.shape] for o in outs[1:]])
+    model = nn.Sequential(nn.Conv2d(3,8,3), nn.BatchNorm2d(8), nn.Conv2d(8,4,3))
+    res = permute_channels(model, torch.randn(2,3,8,8))
+    assert [g.status.split(':')[0] for g in res.groups]==['rolled back','frozen']
+
+def test_random_outputs_are_not_permuted_by_luck():
+    class Noisy(nn.Module):
+        def forward(self, x): return x+torch.randn_like(x)
+    model = nn.Sequential(nn.Linear(4,16), nn.ReLU(), nn.Linear(16,16), Noisy(), nn.Linear(16,4))
+    res,_ = permute(model, torch.randn(3,4))
+    assert res.permuted==['2.weight']
+
+# models that can't be rehearsed
+
+class Fails(nn.Module):
+    def forward(self, x): raise KeyError('no such thing')
+
+class Stubborn(nn.Linear):
+    def __deepcopy__(self, memo): raise TypeError("can't be copied")
+
+class NeedsTarget(ThreeLinears):
+    def forward(self, x, y=None):
+        out = super().forward(x)
+        return F.mse_loss(out, y) if self.training else out
+
+@pytest.mark.parametrize('last,why', [(Fails(),'no such thing'), (Stubborn(8,4),"can't be copied"), (nn.Linear(9,4),'shapes')])
+def test_model_that_cannot_be_rehearsed_is_left_alone(last, why):
+    model = nn.Sequential(nn.Linear(4,8), nn.Linear(8,8), last)
+    before = [p.clone() for p in model.parameters()]
+    res = permute_channels(model, torch.randn(2,4))
+    assert res.permuted==[] and all(why in g.status for g in res.groups)
+    assert all(torch.equal(a, b) for a,b in zip(before, model.parameters()))
+
+def test_model_that_cannot_train_on_the_example_is_left_alone():
+    assert permute_channels(NeedsTarget(), torch.randn(2,8)).permuted==[]
+    assert permute_channels(NeedsTarget(), (torch.randn(2,8),torch.randn(2,3)), n_evaluations=2000).permuted
+
+def test_model_in_half_precision():
+    torch.manual_seed(0)
+    class Insists(nn.Module):
+        def forward(self, x): return x.bfloat16()
+    model = nn.Sequential(Insists(), nn.Linear(8,16), nn.ReLU(), nn.Linear(16,16), nn.ReLU(), nn.Linear(16,4)).bfloat16()
+    before = model(xb:=torch.randn(4,8)).detach()
+    res = permute_channels(model, xb, n_evaluations=2000)
+    assert res.permuted==['3.weight','5.weight'] and model[1].weight.dtype==torch.bfloat16
+    assert (model(xb)-before).abs().max()<.05
+
+def test_parts_in_single_precision_are_no_mistake():
+    class Upcast(nn.Module):
+        def forward(self, x): return F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype)
+    model = nn.Sequential(nn.Linear(8,16), Upcast(), nn.Linear(16,16), Upcast(), nn.Linear(16,4))
+    assert permute(model, torch.randn(4,8))[0].permuted==['2.weight','4.weight']
+
+def test_memory_shared_by_parameters_is_left_alone():
+    model = nn.Sequential(*(nn.Linear(8,8) for _ in range(5)))
+    model[1].weight = nn.Parameter(model[0].weight.data)
+    res,change = permute(model, torch.randn(2,8))
+    assert change<1e-5 and res.permuted==['3.weight','4.weight']
+    assert [g.status for g in res.groups if g.weights==['2.weight']]==['frozen: memory that is shared with another parameter']
+
+# what moves along
+
+def small_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3,16,3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16,32,3), nn.BatchNorm2d(32), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32,4))
+
+@pytest.mark.parametrize('opt_func', [lambda ps: torch.optim.AdamW(ps, lr=1e-2, amsgrad=True), lambda ps: torch.optim.SGD(ps, lr=1e-2, momentum=.9),
+                                      lambda ps: OptimWrapper(ps, torch.optim.RMSprop, lr=1e-2), lambda ps: Lookahead(RAdam(ps, lr=1e-2)), lambda ps: Adam(ps, lr=1e-2)])
+def test_training_goes_on_as_it_would_have(opt_func):
+    def run(permuted):
+        model = generic(small_net()).double()
+        opt = opt_func(list(model.parameters()))
+        def steps(seed):
+            g = torch.Generator().manual_seed(seed)
+            model.train()
+            for _ in range(8):
+                model(torch.randn(8,3,8,8,generator=g,dtype=torch.float64)).square().mean().backward()
+                opt.step()
+                opt.zero_grad()
+        steps(0)
+        if permuted: assert permute_channels(model, torch.randn(2,3,8,8), optimizer=opt, n_evaluations=2000).permuted==['3.weight','8.weight']
+        steps(1)
+        return outputs(model, torch.randn(2,3,8,8,generator=torch.Generator().manual_seed(2),dtype=torch.float64))
+    assert _change(run(False), run(True))<1e-9
+
+def test_masks_gradients_and_averages_move_along():
+    model = generic(small_net())
+    attach_masks(model)
+    for p in masked_params(model): set_mask(p, torch.rand_like(p.param)>.5)
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    xb = torch.randn(2,3,8,8)
+    model(xb).sum().backward()
+    before,average = outputs(model, xb),outputs(ema, xb)
+    params,grads = list(model.parameters()),{n:p.grad.clone() for n,p in model.named_parameters()}
+    res = permute_channels(model, xb, ema=ema, n_evaluations=2000)
+    assert res.permuted and all(a is b for a,b in zip(params, model.parameters()))
+    assert _change(before, outputs(model, xb))<1e-5 and _change(average, outputs(ema, xb))<1e-5
+    for p in masked_params(model): assert not p.param[~p.mask].count_nonzero() and 0<p.mask.float().mean()<1
+    order = channel_order(model)
+    for n,p in model.named_parameters():
+        expected = grads[n]
+        for d in range(p.ndim): expected = expected.index_select(d, order.get((n,d), torch.arange(p.shape[d])))
+        assert torch.equal(p.grad, expected)
+    restore_channel_order(model, ema=ema)
+    assert _change(average, outputs(ema, xb))<1e-5
+    for p in masked_params(model): assert not p.param[~p.mask].count_nonzero()
+
+@pytest.mark.parametrize('opt_func', [lambda ps: torch.optim.Adafactor(ps, lr=1e-3), lambda ps: torch.optim.LBFGS(ps, lr=1e-3)])
+def test_optimizer_that_cannot_follow_is_refused(opt_func):
+    model = small_net()
+    opt = opt_func(list(model.parameters()))
+    def closure():
+        loss = model(torch.ones(2,3,8,8)).square().mean()
+        loss.backward()
+        return loss
+    opt.step(closure) if isinstance(opt, torch.optim.LBFGS) else (closure(), opt.step())
+    before = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match='before its first step'): permute_channels(model, torch.randn(2,3,8,8), optimizer=opt)
+    assert all(torch.equal(before[k], v) for k,v in model.state_dict().items())
+
+def test_the_model_is_left_as_it_was():
+    model,xb = small_net(),torch.randn(2,3,8,8)
+    model[3].eval()
+    called,modes,rng = [],[m.training for m in model.modules()],torch.get_rng_state()
+    model[0].register_forward_hook(lambda m, *_: called.append(m is model[0]))
+    stats = model[1].running_mean.clone()
+    permutation_groups(model, xb)
+    assert [m.training for m in model.modules()]==modes and torch.equal(torch.get_rng_state(), rng) and torch.equal(model[1].running_mean, stats)
+    assert not any(called) and not any(m._forward_pre_hooks for m in model.modules())
+
+# the record
+
+def test_original_order_is_restored_after_two_permutations_and_training():
+    model,xb = generic(small_net()),torch.randn(2,3,8,8)
+    twin = deepcopy(model)
+    for m,is_permuted in ((model,True),(twin,False)):
+        for n in (2,1):
+            if is_permuted: assert permute_channels(m, xb, n, 4, n_evaluations=2000, seed=n).permuted
+            for p in m.parameters(): p.data.mul_(1.5)
+    copy = restore_channel_order(deepcopy(model))
+    assert all(torch.equal(a, b) for a,b in zip(copy.parameters(), twin.parameters()))
+    assert channel_order(copy)=={} and copy.state_dict().keys()==twin.state_dict().keys() and channel_order(model)!={}
+
+def test_checkpoints_of_permuted_models():
+    model,fresh,tracked,xb = generic(small_net()),small_net(),small_net(),torch.randn(2,3,8,8)
+    plain = deepcopy(model.state_dict())
+    permute_channels(model, xb, n_evaluations=2000)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    with pytest.raises(RuntimeError, match='channel_order'): fresh.load_state_dict(state)
+    track_channel_order(tracked)
+    tracked.load_state_dict(state)
+    assert {k:v.tolist() for k,v in channel_order(tracked).items()}=={k:v.tolist() for k,v in channel_order(model).items()}
+    wrapped = nn.Sequential(deepcopy(tracked), nn.Identity())
+    wrapped.load_state_dict(wrapped.state_dict())
+    restore_channel_order(tracked)
+    assert all(torch.equal(v, plain[k]) for k,v in tracked.state_dict().items())
+    model.load_state_dict(plain)
+    assert channel_order(model)=={}
+
+def test_permuted_model_is_pickled_and_loaded():
+    model,xb = generic(small_net()),torch.randn(2,3,8,8)
+    permute_channels(model, xb, n_evaluations=2000)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    loaded.load_state_dict(model.state_dict())
+    assert _change(outputs(model, xb), outputs(loaded, xb))==0
+
+def test_restoring_a_changed_model_is_refused():
+    model,xb = generic(small_net()),torch.randn(2,3,8,8)
+    permute_channels(model, xb, n_evaluations=2000)
+    model[8] = nn.Identity()
+    with pytest.raises(ValueError, match='8.weight'): restore_channel_order(model)
+
+# arguments and report
+
+def test_patterns_and_params():
+    model,xb = nn.Sequential(nn.Linear(4,48), nn.ReLU(), nn.Linear(48,18), nn.ReLU(), nn.Linear(18,48), nn.ReLU(), nn.Linear(48,4)),torch.randn(3,4)
+    res,change = permute(model, xb, n=2, m=8)
+    assert change<1e-4 and res.permuted==['2.weight','6.weight'] and res.pattern=='2:8'
+    assert {g.weights[0]:g.status for g in res.groups}['4.weight']=='frozen: 18 columns, which is no multiple of 8'
+    res,_ = permute(model, xb, params=['6','4'])
+    assert res.permuted==['6.weight']
+    assert permute(model, xb, params=[])[0].groups==[]
+    with pytest.raises(ValueError, match='did you mean'): permute_channels(model, xb, params='4.wieght')
+
+def test_finished_pattern_is_left_alone():
+    model = generic(nn.Sequential(nn.Linear(4,16), nn.ReLU(), nn.Linear(16,4)))
+    model[2].weight.data[:,torch.arange(16)%4>1] = 0
+    res = permute_channels(model, torch.randn(3,4))
+    assert [g.status for g in res.groups]==['identity is best','frozen: an input of the model']
+    assert channel_order(model)=={}
+
+def test_same_seed_same_permutation():
+    orders = []
+    for seed in (0,0,1):
+        model = generic(small_net())
+        permute_channels(model, torch.randn(2,3,8,8), seed=seed, n_evaluations=2000)
+        orders.append({k:v.tolist() for k,v in channel_order(model).items()})
+    assert orders[0]==orders[1]!=orders[2]
+
+def test_weights_that_are_not_finite_are_named():
+    model = small_net()
+    model[3].weight.data[0,0,0,0] = torch.nan
+    with pytest.raises(ValueError, match="'3.weight' holds NaN"): permute_channels(model, torch.randn(2,3,8,8))
+
+def test_report():
+    res,_ = permute(small_net(), torch.randn(2,3,8,8))
+    text = repr(res)
+    assert text.splitlines()[0].split()==['weights','channels','before','after','status']
+    assert 'frozen: an input of the model' in text and 'permuted' in text.splitlines()[2]
+    df = res.to_df()
+    assert list(df.columns)==['weights','channels','before','after','status'] and len(df)==len(res.groups)==3
+    assert (df.after>=df.before)[:2].all()
+
+@dataclass
+class Answer:
+    value:Tensor
+
+class Answers(ThreeLinears):
+    def forward(self, x): return Answer(self.b(self.a(x)))
+
+def test_outputs_in_objects_stay_in_order():
+    torch.manual_seed(0)
+    model,xb = Answers(),torch.randn(2,8)
+    before = model(xb).value
+    res = permute_channels(model, xb, n_evaluations=2000)
+    assert res.permuted==['b.weight'] and torch.allclose(before, model(xb).value, atol=1e-5)
+
+def test_wrapped_models_and_inputs():
+    from fastai.torch_core import TensorBase
+    model = generic(small_net())
+    res = permute_channels(nn.DataParallel(model), TensorBase(torch.randn(2,3,8,8)), n_evaluations=2000)
+    assert res.permuted==['3.weight','8.weight'] and ('3.weight',1) in channel_order(model)

@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['Rehearsal', 'rehearse', 'Place', 'ChannelGroup', 'groups_of', 'permutation_groups']
 
-# %% ../../nbs/08_permutation.graph.ipynb #2715e71e
-import gc,math,re,torch
+# %% ../../nbs/08_permutation.graph.ipynb #738c2781
+import gc,math,torch
 from collections.abc import Mapping
 from contextlib import contextmanager,nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
 from fastai.basics import no_random
 from torch import nn,Tensor
 from torch._decomp import decomposition_table
@@ -22,242 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from ..masking import *
 from .axes import *
+from .rules import *
 from ..selection import *
 
-# %% ../../nbs/08_permutation.graph.ipynb #5f2db804
-_rules = {}
-
-def _rule(*names):
-    def _inner(f):
-        _rules.update(dict.fromkeys(names, f))
-        return f
-    return _inner
-
-class _Unclear(Exception): "This use of an operation isn't covered by its rule"
-
-def _tensors(o, seen=None):
-    "All tensors in nested tuples, lists, dicts and plain objects"
-    seen = set() if seen is None else seen
-    if id(o) in seen: return
-    seen.add(id(o))
-    if isinstance(o, Tensor): yield o
-    elif isinstance(o, Mapping): yield from _tensors(list(o.values()), seen)
-    elif isinstance(o, (tuple,list,set)):
-        for x in o: yield from _tensors(x, seen)
-    elif hasattr(o, '__dict__') and not isinstance(o, (type,nn.Module)): yield from _tensors(vars(o), seen)
-
-def _broadcast(t, axes, *tensors):
-    "Unify `axes` with those of `tensors`, as elementwise operations do"
-    for x in tensors:
-        if x.ndim>len(axes): raise _Unclear
-        for mine,theirs in zip(axes[::-1], t.axes(x)[::-1]):
-            if length(mine)==length(theirs): unify(mine, theirs)
-            elif length(theirs)!=1: raise _Unclear
-
-@_rule('_prelu_kernel', '_to_copy', 'alias', 'bernoulli', 'copy', 'detach', 'fill', 'hardswish', 'lift_fresh', 'lift_fresh_copy', 'native_dropout', 'zero')
-def _pointwise(t, a, outs):
-    axes = [new_axis(n) for n in outs[0].shape]
-    _broadcast(t, axes, *_tensors(vars(a)))
-    return [axes for _ in outs]
-
-@_rule('empty', 'empty_like', 'empty_strided', 'full', 'full_like', 'new_empty', 'new_empty_strided', 'new_full', 'new_ones', 'new_zeros',
-       'ones', 'ones_like', 'zeros', 'zeros_like')
-def _constant(t, a, outs): return [[new_axis(n) for n in o.shape] for o in outs]
-
-# %% ../../nbs/08_permutation.graph.ipynb #9c039847
-def _dims(a, ndim):
-    "The dimensions that an operation works along"
-    dims = next((getattr(a, n) for n in ('dim','dims') if getattr(a, n, None) is not None), None)
-    dims = [dims] if isinstance(dims, int) else dims
-    return {d%ndim for d in dims} if dims and ndim else set(range(ndim))
-
-def _along(t, a, outs, reason):
-    x = next(_tensors(vars(a)))
-    dims,axes = _dims(a, x.ndim),t.axes(x)
-    if reason: freeze([s for d in dims for s in axes[d]], reason)
-    kept = [[axis if n==length(axis) else new_axis(n, 'a selection') for n,axis in zip(o.shape, axes)] for o in outs]
-    dropped = [axis for d,axis in enumerate(axes) if d not in dims]
-    return [k if o.ndim==x.ndim else dropped for k,o in zip(kept, outs)]
-
-@_rule('_log_softmax', '_safe_softmax', '_softmax', 'all', 'amax', 'amin', 'any', 'count_nonzero', 'linalg_vector_norm', 'logsumexp', 'max.default', 'mean',
-       'min.default', 'norm', 'prod', 'std', 'std_mean', 'sum', 'var', 'var_mean')
-def _symmetric(t, a, outs): return _along(t, a, outs, None)
-
-@_rule('argmax', 'argmin', 'argsort', 'cummax', 'cummin', 'cumprod', 'cumsum', 'flip', 'logcumsumexp', 'max.dim', 'median.dim', 'min.dim', 'roll', 'sort', 'topk')
-def _ordered(t, a, outs): return _along(t, a, outs, t.where)
-
-# %% ../../nbs/08_permutation.graph.ipynb #4c31766f
-@_rule('_reshape_alias', '_unsafe_view', 'squeeze', 'unsqueeze', 'view')
-def _reshaped(t, a, outs):
-    if a.self.numel()!=outs[0].numel() or not a.self.numel(): raise _Unclear
-    return [reshape(t.axes(a.self), outs[0].shape)]
-
-@_rule('as_strided')
-def _restrided(t, a, outs):
-    if t.layout!=_layout(outs[0]): raise _Unclear  # pooling uses it to change strides of dimensions of size 1
-    return [t.axes(a.self)]
-
-def _layout(x): return x.shape,x.storage_offset(),[s for s,n in zip(x.stride(), x.shape) if n>1]
-
-@_rule('permute')
-def _permuted(t, a, outs): return [[t.axes(a.self)[d] for d in a.dims]]
-
-@_rule('transpose')
-def _transposed(t, a, outs):
-    axes = list(t.axes(a.self))
-    axes[a.dim0],axes[a.dim1] = axes[a.dim1],axes[a.dim0]
-    return [axes]
-
-@_rule('t')
-def _flipped(t, a, outs): return [t.axes(a.self)[::-1]]
-
-@_rule('expand', 'repeat')
-def _repeated(t, a, outs):
-    axes,shape = t.axes(a.self),outs[0].shape
-    axes = [new_axis(1)]*(len(shape)-len(axes))+axes
-    return [[new_axis(n) if length(axis)==1 else axis*(n//length(axis)) for axis,n in zip(axes, shape)]]
-
-def _replaced(axes, dim, *new):
-    axes,dim = list(axes),dim%len(axes)
-    return axes[:dim]+list(new)+axes[dim+1:]
-
-@_rule('chunk', 'split', 'split_with_sizes', 'unsafe_chunk', 'unsafe_split', 'unsafe_split_with_sizes')
-def _parts(t, a, outs):
-    axes,ends = t.axes(a.self),torch.tensor([o.shape[a.dim] for o in outs]).cumsum(0).tolist()
-    return [_replaced(axes, a.dim, take(axes[a.dim], i, j)) for i,j in zip([0]+ends, ends)]
-
-@_rule('slice')
-def _sliced(t, a, outs):
-    axes = t.axes(a.self)
-    size,n = a.self.shape[a.dim],outs[0].shape[a.dim]
-    start = min(max((a.start or 0)+size*((a.start or 0)<0), 0), size)
-    if a.step!=1: return _ordered(t, a, outs)
-    return [_replaced(axes, a.dim, take(axes[a.dim], start, start+n))]
-
-@_rule('index_select', 'select', 'unbind')
-def _selected(t, a, outs):
-    axes = t.axes(a.self)
-    freeze(axes[a.dim], t.where)
-    if hasattr(a, 'index') and isinstance(a.index, Tensor): freeze(t.axes(a.index)[0], t.where)
-    new = [new_axis(outs[0].shape[a.dim], t.where)] if outs[0].ndim==a.self.ndim else []
-    return [_replaced(axes, a.dim, *new) for _ in outs]
-
-@_rule('constant_pad_nd')
-def _padded(t, a, outs):
-    axes = list(t.axes(a.self))
-    for i,(before,after) in enumerate(zip(a.pad[::2], a.pad[1::2])):
-        axis = axes[-1-i]
-        inside = take(axis, max(0, -before), length(axis)-max(0, -after))
-        axes[-1-i] = [s for s in new_axis(max(0, before))+inside+new_axis(max(0, after)) if s[0].size]
-    return [axes]
-
-@_rule('cat')
-def _concatenated(t, a, outs):
-    tensors = [x for x in a.tensors if x.shape!=(0,)]
-    first = t.axes(tensors[0])
-    for x in tensors[1:]:
-        for d,(mine,theirs) in enumerate(zip(first, t.axes(x))):
-            if d!=a.dim%len(first): unify(mine, theirs)
-    return [_replaced(first, a.dim, [s for x in tensors for s in t.axes(x)[a.dim]])]
-
-@_rule('stack')
-def _stacked(t, a, outs):
-    first = t.axes(a.tensors[0])
-    _broadcast(t, first, *a.tensors[1:])
-    dim = a.dim%outs[0].ndim
-    return [first[:dim]+[new_axis(len(a.tensors), t.where)]+first[dim:]]
-
-# %% ../../nbs/08_permutation.graph.ipynb #f84e062e
-@_rule('embedding')
-def _embedded(t, a, outs):
-    rows,columns = t.axes(a.weight)
-    freeze(rows, t.where)
-    return [t.axes(a.indices)+[columns]]
-
-@_rule('index.Tensor')
-def _indexed(t, a, outs):
-    used = [d for d,i in enumerate(a.indices) if i is not None]
-    indices,axes = [a.indices[d] for d in used],t.axes(a.self)
-    if any(i.dtype in (torch.bool,torch.uint8) for i in indices) or used!=list(range(used[0], used[-1]+1)): raise _Unclear
-    freeze([s for d in used for s in axes[d]]+[s for i in indices for axis in t.axes(i) for s in axis], t.where)
-    n_new = outs[0].ndim-a.self.ndim+len(used)
-    new = [new_axis(n, t.where) for n in outs[0].shape[used[0]:used[0]+n_new]]
-    return [axes[:used[0]]+new+axes[used[-1]+1:]]
-
-# %% ../../nbs/08_permutation.graph.ipynb #7794aa9f
-_products = {'mm':'self:ik mat2:kj ij', 'bmm':'self:bik mat2:bkj bij', 'addmm':'mat1:ik mat2:kj ij self', 'baddbmm':'batch1:bik batch2:bkj bij self',
-             'mv':'self:ik vec:k i', 'dot':'self:k tensor:k ', 'vdot':'self:k other:k ', 'addmv':'mat:ik vec:k i self'}
-
-@_rule(*_products)
-def _product(t, a, outs):
-    left,right,res,*added = _products[t.op].split(' ')
-    by_letter = {}
-    for name,letters in (o.split(':') for o in (left,right)):
-        for letter,axis in zip(letters, t.axes(getattr(a, name))): unify(by_letter.setdefault(letter, axis), axis)
-    axes = [by_letter[letter] for letter in res]
-    _broadcast(t, axes, *(getattr(a, name) for name in added))
-    return [axes]
-
-@_rule('convolution')
-def _convolved(t, a, outs):
-    (batch,read,*space),(rows,columns,*kernel) = t.axes(a.input),t.axes(a.weight)
-    freeze(sum(space+kernel, []), 'space')
-    n_rows,n_read = length(rows)//a.groups,length(read)//a.groups
-    if a.transposed: made = _transposed_channels(read, rows, columns, a.groups)
-    elif n_read==1<a.groups:
-        unify([(c,r*n_rows) for c,r in read], rows)
-        made = rows
-    else:
-        unify(read, columns*a.groups)
-        for g in range(1, a.groups): cut(rows, g*n_rows)
-        made = rows
-    if a.bias is not None: unify(made, t.axes(a.bias)[0])
-    return [[batch,made]+[new_axis(n, 'space') for n in outs[0].shape[2:]]]
-
-def _transposed_channels(read, rows, columns, groups):
-    "Axis of the output channels of a transposed convolution"
-    unify(read, rows)
-    if length(rows)==groups:
-        freeze(columns, 'channels of a depthwise convolution')
-        return [(c,r*length(columns)) for c,r in read]
-    for g in range(1, groups): cut(rows, g*length(rows)//groups)
-    return columns*groups
-
-# %% ../../nbs/08_permutation.graph.ipynb #72104771
-def _spatial(t, a, outs):
-    x = next(_tensors(vars(a)))
-    n = int(re.search(r'(\d)d', t.op)[1])
-    axes = t.axes(x)
-    freeze(sum(axes[-n:], []), 'space')
-    return [axes[:-n]+[new_axis(size, 'space') for size in o.shape[-n:]] for o in outs]
-
-_spatial_ops = re.compile(r'(_?adaptive_)?(avg|max)_pool\dd(_with_indices)?|(reflection|replication)_pad\dd|'
-                          r'_?upsample_(nearest|nearest_exact|linear|bilinear|bicubic|trilinear)\dd(_aa)?')
-
-@_rule('native_batch_norm', '_native_batch_norm_legit', '_native_batch_norm_legit_no_training', 'cudnn_batch_norm', 'miopen_batch_norm')
-def _batch_normalized(t, a, outs):
-    x,*stats = _tensors(vars(a))
-    axes = t.axes(x)
-    for s in stats: unify(axes[1], t.axes(s)[0])
-    return [axes if o is outs[0] else [axes[1]] if o.shape==x.shape[1:2] else [new_axis(n, t.where) for n in o.shape] for o in outs]
-
-@_rule('native_layer_norm')
-def _layer_normalized(t, a, outs):
-    axes = t.axes(a.input)
-    _broadcast(t, axes, *(o for o in (a.weight,a.bias) if o is not None))
-    stats = [axis if length(axis)==n else new_axis(n) for axis,n in zip(axes, outs[1].shape)]
-    return [axes,stats,stats]
-
-@_rule('native_group_norm')
-def _group_normalized(t, a, outs):
-    axes = t.axes(a.input)
-    for g in range(1, a.group): cut(axes[1], g*a.C//a.group)
-    for o in (a.weight,a.bias):
-        if o is not None: unify(axes[1], t.axes(o)[0])
-    stats = [axes[0],new_axis(a.group, t.where)]
-    return [axes,stats,stats]
-
-# %% ../../nbs/08_permutation.graph.ipynb #4131c630
+# %% ../../nbs/08_permutation.graph.ipynb #3dcda9c9
 class _Tracer(TorchDispatchMode):
     "Follows the axes of all tensors while a model runs"
     def __init__(self, model):
@@ -272,7 +39,7 @@ class _Tracer(TorchDispatchMode):
     @contextmanager
     def following(self, model, inputs):
         "Follow a run of `model` on `inputs`"
-        for x in _tensors(inputs): self.know(x, 'an input of the model', True)
+        for x in tensors_in(inputs): self.know(x, 'an input of the model', True)
         handles = [h for name,m in model.named_modules() for h in (
             m.register_forward_pre_hook(lambda *_, name=name: self.path.append(name)),
             m.register_forward_hook(self._left, always_call=True))]
@@ -285,8 +52,8 @@ class _Tracer(TorchDispatchMode):
 
     def finish(self, model, inputs, out):
         "Freeze what a run of `model` returns or leaves behind"
-        expected = {id(x) for x in [*model.parameters(), *model.buffers(), *_tensors(inputs)]}
-        for x in _tensors(out):
+        expected = {id(x) for x in [*model.parameters(), *model.buffers(), *tensors_in(inputs)]}
+        for x in tensors_in(out):
             if x in self.known: self.freeze(x, 'an output of the model')
             expected.add(id(x))
         for m in model.modules():
@@ -310,53 +77,38 @@ class _Tracer(TorchDispatchMode):
     def leave(self, x):
         "The values of `x` become known to Python"
         self.freeze(x, self.where)
-        if self.is_data(x): self.refused = f"what the model does depends on values of its activations: {self.where}"
+        if self.is_data(x): self.refused = f"Python reads activations ({self.where}), so another batch may take another path"
 
     @property
     def where(self): return f"{self.op} in {self.path[-1]}" if self.path[-1] else self.op
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self.op,rule = _name_of(func),_rule_of(func)
-        inputs = list(_tensors((args,kwargs)))
+        self.op,rule = op_name(func),rule_of(func)
+        inputs = list(tensors_in((args,kwargs)))
         if rule is None and inputs:
             with self: res = decomposition_table.get(func, func.decompose)(*args, **kwargs)
             if res is not NotImplemented: return res
-        if self.op=='as_strided': self.layout = _layout(args[0])
+        if self.op=='as_strided': self.layout = layout(args[0])
         res = func(*args, **kwargs)
         self.touched |= {id(x) for x in inputs}
         if self.op in ('_local_scalar_dense','equal'):
+            self.op = 'item' if self.op=='_local_scalar_dense' else self.op
             for x in inputs: self.leave(x)
-        self._follow(rule, SimpleNamespace(**_bind(func, args, kwargs)), inputs, list(_tensors(res)))
+        self._follow(rule, bind(func, args, kwargs), inputs, list(tensors_in(res)))
         return res
 
     def _follow(self, rule, a, inputs, outs):
         is_data = self.is_data(*inputs)
         try:
             axes = rule(self, a, outs) if rule and outs else None
-            if axes is None or any([length(axis) for axis in o_axes]!=list(o.shape) for o,o_axes in zip(outs, axes)): raise _Unclear
-        except _Unclear:
+            if axes is None or [[length(axis) for axis in o] for o in axes]!=[list(o.shape) for o in outs]: raise Unclear
+        except Unclear:
             for x in inputs: self.freeze(x, self.where)
             axes = [[new_axis(n, self.where) for n in o.shape] for o in outs]
         for o,o_axes in zip(outs, axes):
             self.known[o] = o_axes,is_data
             if is_data and o.is_floating_point(): self.eps = max(self.eps, torch.finfo(o.dtype).eps)
-
-def _name_of(func):
-    name = func._schema.name.split('::')[1]
-    return name if name.startswith('__') else name.removesuffix('_')
-
-def _rule_of(func):
-    if func.namespace!='aten': return
-    if torch.Tag.pointwise in func.tags: return _pointwise
-    name = _name_of(func)
-    if _spatial_ops.fullmatch(name): return _spatial
-    return _rules.get(f'{name}.{func._overloadname}', _rules.get(name))
-
-def _bind(func, args, kwargs):
-    "Arguments by name, defaults included"
-    names = [o.name for o in func._schema.arguments]
-    return {**{o.name:o.default_value for o in func._schema.arguments if o.has_default_value()}, **dict(zip(names, args)), **kwargs}
 
 class _Exits(TorchFunctionMode):
     "Notices tensors that are handed to NumPy or Python"
@@ -371,7 +123,7 @@ class _Exits(TorchFunctionMode):
             self.tracer.leave(args[0])
         return func(*args, **(kwargs or {}))
 
-# %% ../../nbs/08_permutation.graph.ipynb #e0694b80
+# %% ../../nbs/08_permutation.graph.ipynb #b1ce8afd
 def _map(f, o):
     "`f` of all tensors in nested tuples, lists and dicts"
     if isinstance(o, Tensor): return f(o)
@@ -408,7 +160,7 @@ class Rehearsal:
 
     def run(self,
             training:bool=False, # In training mode?
-            tracer:_Tracer=None, # Follows the run
+            tracer=None, # Follows the run
             seed:int=0, # Of everything random
            )->list: # Tensors among the outputs
         "Run the model on the example"
@@ -419,7 +171,7 @@ class Rehearsal:
         with torch.no_grad(),no_random(seed),_stepwise_attention(),_same_buffers(self.model):
             with tracer.following(self.model, inputs) if tracer else nullcontext(): out = _call(self.model, inputs)
         if tracer: tracer.finish(self.model, inputs, out)
-        return list(_tensors(out))
+        return list(tensors_in(out))
 
     def change(self,
                tol:float=None, # Largest relative change that is taken for rounding; default: by the lowest precision that was seen
