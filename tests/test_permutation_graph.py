@@ -133,6 +133,7 @@ safe = { # at least the last layer's columns are permuted
     'cross_attention_module': lambda: tokens(lambda s,h: s.n(h,s.m(h),s.m(h))[0]+h, n=nn.MultiheadAttention(8,2,kdim=6,vdim=6,add_bias_kv=True), m=nn.Linear(8,6)),
     'transformer_encoder': lambda: tokens(lambda s,h: s.n(h), n=nn.TransformerEncoder(nn.TransformerEncoderLayer(8,2,16,batch_first=True), 2)),
     'transformer_decoder': lambda: tokens(lambda s,h: s.n(h,h), n=nn.TransformerDecoder(nn.TransformerDecoderLayer(8,2,16,batch_first=True), 1)),
+    'channels_to_space': lambda: images(lambda s,h: F.pixel_shuffle(h,2), first=nn.Conv2d(3,16,3,padding=1), last=nn.Conv2d(4,5,1)),
 }
 
 frozen = { # the channels between first and last layer have an order
@@ -154,7 +155,6 @@ frozen = { # the channels between first and last layer have an order
     'detour_by_data': lambda: images(lambda s,h: h.data.flip(1)),
     'generated_conv': lambda: images(lambda s,h: F.conv2d(h, s.n(h.mean((0,2,3))).view(8,8,1,1))*h, n=nn.Linear(8,64)),
     'local_response_norm': lambda: images(lambda s,h: s.n(h), n=nn.LocalResponseNorm(3)),
-    'channels_to_space': lambda: images(lambda s,h: F.pixel_shuffle(h,2), first=nn.Conv2d(3,16,3,padding=1), last=nn.Conv2d(4,5,1)),
     'numpy': lambda: images(lambda s,h: torch.from_numpy(np.flip(h.numpy(),1).copy())),
     'decision_by_item': lambda: images(lambda s,h: h.relu() if h.sum().item()>0 else h),
     'decision_by_bool': lambda: images(lambda s,h: h.relu() if (h>0).any() else h),

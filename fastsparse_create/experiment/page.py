@@ -5,19 +5,19 @@
 # %% auto #0
 __all__ = ['html_page', 'html_table', 'html_figure', 'html_section', 'html_details', 'html_code', 'experiment_page']
 
-# %% ../../nbs/43_experiment.page.ipynb #a169f9f9
+# %% ../../nbs/43_experiment.page.ipynb #2b0f74df
 import base64,io,platform
 from datetime import datetime
 from html import escape
 import matplotlib.pyplot as plt
-import torchvision
+from matplotlib.ticker import MaxNLocator,PercentFormatter
 from fastai.basics import *
 from fastai import __version__ as fastai_version
 from .. import __version__
 from ..plots import *
 from ..report import *
 
-# %% ../../nbs/43_experiment.page.ipynb #ec6ed17f
+# %% ../../nbs/43_experiment.page.ipynb #5c81dd0a
 _css = '''
 :root{color-scheme:light;--ink:#1c2430;--soft:#5d6978;--line:#dfe4ea;--tint:#f5f7f9;--accent:#1f77b4}
 *{box-sizing:border-box}
@@ -27,9 +27,9 @@ h1{font-size:1.7rem;line-height:1.25;margin:0 0 .4rem;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:2.6rem 0 .7rem;padding-top:.9rem;border-top:1px solid var(--line)}
 p{margin:.5rem 0;max-width:46rem}
 .lead{font-size:1.1rem}.soft,figcaption{color:var(--soft)}
-.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(11rem,1fr));gap:.8rem;margin:1.4rem 0}
+.cards{display:grid;grid-template-columns:repeat(auto-fit,minmax(9rem,1fr));gap:.8rem;margin:1.4rem 0}
 .card{background:var(--tint);border-radius:.5rem;padding:.8rem 1rem}
-.card b{display:block;font-size:1.65rem;line-height:1.2;font-weight:600;font-variant-numeric:tabular-nums}
+.card b{display:block;font-size:1.55rem;line-height:1.2;font-weight:600;font-variant-numeric:tabular-nums}
 .card span{color:var(--soft);font-size:.875rem}
 .remark{border-left:4px solid #d99a1c;background:#fdf6e7;padding:.6rem .9rem;border-radius:.25rem;margin:1rem 0;max-width:none}
 .wide{overflow-x:auto}
@@ -39,7 +39,9 @@ table.plain{border-collapse:collapse;font-variant-numeric:tabular-nums}
 .plain.facts td{text-align:left;overflow-wrap:anywhere}
 figure{margin:1rem 0}img{max-width:100%;height:auto;display:block}figcaption{font-size:.875rem;margin-top:.3rem}
 pre{background:var(--tint);padding:.8rem 1rem;border-radius:.5rem;overflow-x:auto;font-size:.85rem;line-height:1.45}
-summary{cursor:pointer;color:var(--accent)}
+details{margin:.8rem 0}summary{cursor:pointer;color:var(--accent)}
+.plain.numbers td{white-space:nowrap}
+@media (max-width:32rem){.plain td,.plain th{padding-right:.7rem;font-size:.9rem}}
 '''
 
 def html_page(title:str, # Plain text
@@ -82,9 +84,9 @@ def html_details(summary:str, # Plain text
 
 def html_code(text:str)->str: return f'<pre>{escape(text)}</pre>'
 
-# %% ../../nbs/43_experiment.page.ipynb #7a178ac4
+# %% ../../nbs/43_experiment.page.ipynb #3be41b6b
 def _percent(v): return f'{v:.2%}'
-def _points(a, b): return f'{(b-a)*100:+.2f} points'
+def _points(a, b): return f'{(b-a)*100:+.2f} points'.replace('-', '−')
 def _time(s): return f'{s:.0f} s' if s<120 else f'{s/60:.1f} min'
 
 def _title(exp): return f"{'Sparse ' if len(exp.runs)>1 else ''}{Path(exp.model).name} on {Path(exp.data.name).name}"
@@ -93,7 +95,7 @@ def _lead(exp):
     rows,m = exp.metrics.to_dict('records'),exp.metric.replace('_', ' ')
     if len(rows)==1: return f"The dense model reaches {_percent(rows[0][exp.metric])} {m}; nothing was pruned."
     dense,sparse = rows
-    return (f"{_percent(sparse['sparsity'])} of the pruned weights are zero. The sparse model reaches {_percent(sparse[exp.metric])} {m}, "
+    return (f"{_percent(sparse['sparsity'])} of the weights in the pruned layers are zero. The sparse model reaches {_percent(sparse[exp.metric])} {m}, "
             f"the dense one {_percent(dense[exp.metric])} after as many epochs.")
 
 def _cards(exp):
@@ -103,24 +105,25 @@ def _cards(exp):
     if len(exp.runs)>1: cards.insert(1, (_points(dense[exp.metric], last[exp.metric]), 'against the dense model'))
     return '<div class="cards">'+''.join(f'<div class="card"><b>{escape(v)}</b><span>{escape(t)}</span></div>' for v,t in cards)+'</div>'
 
+_labels = {'nonzeros':'non-zeros', 'seconds':'training time'}
 _formats = {'loss':'{:.4f}'.format, 'parameters':'{:,}'.format, 'nonzeros':'{:,}'.format, 'epochs':str, 'seconds':_time}
 
 def _comparison(exp):
     table = exp.metrics.set_index('model')
-    rows = [[c.replace('_', ' '), *(_formats.get(c, _percent)(v) for v in table[c])] for c in table]
+    rows = [[_labels.get(c, c.replace('_', ' ')), *(_formats.get(c, _percent)(v) for v in table[c])] for c in table]
     if len(table)>1:
         for c,row in zip(table, rows): row.append('' if c in _formats or c=='sparsity' else _points(*table[c]))
-    return html_table(rows, ['', *table.index, *['difference']*(len(table)>1)])
+    return html_table(rows, ['', *table.index, *['difference']*(len(table)>1)], 'plain numbers')
 
 def _facts(exp):
     device = str(one_param(exp.learn.model).device)
     run = {'Command':exp.command or 'called from Python', 'Model':exp.model, **exp.case.facts(exp.data, exp.options), 'Epochs':f'{exp.epochs} for each training',
-           'Optim level':f'{exp.optim_level:g}', 'Options':', '.join(f'{k} {v}' for k,v in vars(exp.options).items() if v is not None), 'Seed':str(exp.seed), 'Device':device,
+           'Optim level':f'{exp.optim_level:g}', 'Options':', '.join(f'{k} {v}' for k,v in vars(exp.options).items() if v is not None and v is not False), 'Seed':str(exp.seed), 'Device':device,
            'Versions':f'fastsparse_create {__version__}, fastai {fastai_version}, PyTorch {torch.__version__}, Python {platform.python_version()}',
            'Date':datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z')}
     return html_table(run.items(), cls='plain facts')
 
-# %% ../../nbs/43_experiment.page.ipynb #acab621f
+# %% ../../nbs/43_experiment.page.ipynb #43b46f00
 def _plot_history(exp):
     fig,axs = plt.subplots(1, 2, figsize=(9,3), layout='constrained')
     for ax,column in zip(axs, ['valid_loss', exp.runs[0].history.columns[4]]):
@@ -128,8 +131,9 @@ def _plot_history(exp):
         ax.set(xlabel='epoch', title=column.replace('_', ' '))
         ax.grid(alpha=.3)
         ax.spines[['top','right']].set_visible(False)
-        ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axs[0].legend(frameon=False)
+    axs[1].yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 def _typical_weight(exp):
     "A pruned weight of a size whose mask can be looked at"
@@ -153,12 +157,14 @@ def _zeros(exp):
             html_figure(partial(plot_mask, exp.learn.model, name), f'The weights that are left in {name}', 'png'),
             '<p class="soft">Zeros make a model smaller when it is compressed, and faster where a runtime skips them. The dense kernels of PyTorch multiply by them as by any other number.</p>']
 
-_use_weights = """from fastsparse_create.experiment.models import load_model
-model = load_model('model.pth')       # runs no code of the file; zeros are zeros, there are no masks"""
+_use_weights = """# a network with zeros, for any PyTorch code; loading runs no code of the file
+from fastsparse_create.experiment.models import load_model
+model = load_model('model.pth')"""
 
-_use_learner = """from fastai.vision.all import load_learner
-learn = load_learner('learner.pkl')   # a pickle: load it only if you trust where it comes from
-learn.predict('image.png')            # label, its number, probabilities"""
+_use_learner = """# with the preparation of images; needs fastai only
+# a pickle: load it only if you trust where it comes from
+from fastai.vision.all import load_learner
+label,number,probabilities = load_learner('learner.pkl').predict('image.png')"""
 
 def experiment_page(exp, # A `TrainingAware` that has run
                    )->str: # HTML

@@ -33,14 +33,13 @@ def _top_sampled(scores, n):
     "`_top` for long arrays: partitions only what a sample can't decide"
     size = len(scores)
     sample = np.sort(scores[::size//_SAMPLE])
-    rank,slack = len(sample)*(1-n/size),2*len(sample)**.5
+    rank,slack = len(sample)*(1-n/size),3*(len(sample)*n/size*(1-n/size))**.5+1  # three standard deviations
     lo,hi = (sample[int(np.clip(r, 0, len(sample)-1))] for r in (rank-slack,rank+slack))
     chosen,unsure = np.empty(size, bool),[]
     for i in range(0, size, _CHUNK):
         chunk,above = scores[i:i+_CHUNK],chosen[i:i+_CHUNK]
-        _refuse_nan(chunk.max())
         np.greater(chunk, hi, out=above)
-        unsure.append(np.flatnonzero((chunk>=lo)!=above)+i)
+        unsure.append(np.flatnonzero((chunk<lo)==above)+i)  # what is neither below nor above, NaN included
     unsure = np.concatenate(unsure)
     missing = n-np.count_nonzero(chosen)
     if not 0<=missing<=len(unsure): return _top(scores, n)

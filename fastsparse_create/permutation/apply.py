@@ -6,13 +6,14 @@
 __all__ = ['channel_order', 'track_channel_order', 'restore_channel_order', 'PermutedGroup', 'ChannelPermutation',
            'permute_channels']
 
-# %% ../../nbs/09_permutation.apply.ipynb #8562c474
+# %% ../../nbs/09_permutation.apply.ipynb #051f2ca6
 import json,torch,zlib
 from dataclasses import asdict,dataclass
 from fastai.basics import pd,store_attr
 from torch import nn,Tensor
 from ..masking import *
 from .graph import *
+from .rules import tensors_in
 from .search import *
 from ..selection import *
 
@@ -41,7 +42,7 @@ def _move(belongings, indices):
     for (name,dim),index in indices.items():
         for x in belongings[name]: x.copy_(x.index_select(dim, index.to(x.device)))
 
-# %% ../../nbs/09_permutation.apply.ipynb #96412e9a
+# %% ../../nbs/09_permutation.apply.ipynb #75b4384f
 def _unwrap(model, ema):
     "The modules inside of wrappers; the average may be a model or hold one as its `module`"
     return unwrap_model(model),None if ema is None else unwrap_model(getattr(ema, 'module', ema))
@@ -56,8 +57,8 @@ def _check_followers(model, names, opt, ema):
     while opt is not None:
         for n,p in params.items():
             for k,v in dict(getattr(opt, 'state', {}).get(p, {})).items():
-                if isinstance(v, Tensor) and v.numel()>1 and v.shape!=p.shape:
-                    raise ValueError(f"optimizer: what it keeps as {k!r} of {n!r} has shape {tuple(v.shape)} and can't follow a permutation; permute before its first step")
+                if any(x.numel()>1 and (x is not v or x.shape!=p.shape) for x in tensors_in(v)):
+                    raise ValueError(f"optimizer: what it keeps as {k!r} of {n!r} doesn't have the shape of the parameter and can't follow a permutation; permute before its first step")
         opt = vars(opt).get('opt')
 
 # %% ../../nbs/09_permutation.apply.ipynb #525d2ac0

@@ -8,7 +8,7 @@ __all__ = ['Channels', 'new_axis', 'resolve', 'length', 'is_live', 'freeze', 'wh
 # %% ../../nbs/07a_permutation.axes.ipynb #6800c374
 from math import prod
 
-# %% ../../nbs/07a_permutation.axes.ipynb #44ecebd3
+# %% ../../nbs/07a_permutation.axes.ipynb #ab483ce7
 class Channels:
     "A set of channels that are permuted as one, everywhere that they occur"
     def __init__(self,
@@ -26,16 +26,20 @@ def new_axis(size:int, # Length of the dimension
     "A dimension that nothing is known of yet"
     return [(Channels(size, frozen), 1)]
 
+def _leaves(axis):
+    res,stack = [],axis[::-1]
+    while stack:
+        c,r = stack.pop()
+        if c.parts is None: res.append((c,r))
+        else: stack += [(d,q*r) for d,q in reversed(c.parts)]
+    return res
+
 def resolve(axis:list, # `[(Channels, repeat)]`
            )->list: # The same in terms of channels that stand for themselves
     "Replace channels that have been unified or cut by what they have become"
-    res = []
-    for c,r in axis:
-        if c.parts is None: res.append((c,r))
-        else:
-            c.parts = resolve(c.parts)
-            res += [(d,q*r) for d,q in c.parts]
-    return res
+    for c,_ in axis:
+        if c.parts is not None: c.parts = _leaves(c.parts)
+    return _leaves(axis)
 
 def length(axis): return sum(c.size*r for c,r in axis)
 
@@ -113,7 +117,7 @@ def unify(a:list, # `[(Channels, repeat)]`
         else: freeze([s,t], 'channels that overlap in part')
         a.append(s), b.append(t)
 
-# %% ../../nbs/07a_permutation.axes.ipynb #11220cd9
+# %% ../../nbs/07a_permutation.axes.ipynb #967ababd
 _MAX_COPIES = 4096
 
 def _merge(outer, inner):
@@ -127,9 +131,9 @@ def _merge(outer, inner):
 def _split(axis, n_outer):
     "The axes of the two dimensions that one becomes"
     n_inner = length(axis)//n_outer
+    if n_outer>_MAX_COPIES: freeze(axis, 'split dimensions')
     if not is_live(axis): return [new_axis(n, why_frozen(axis)) for n in (n_outer,n_inner)]
     if all(r%n_inner==0 for _,r in resolve(axis)): return [(c,r//n_inner) for c,r in resolve(axis)],new_axis(n_inner, 'neighbours')
-    if n_outer>_MAX_COPIES: freeze(axis, 'split dimensions')
     copies = [take(axis, i, i+n_inner) for i in range(0, length(axis), n_inner)]
     for copy in copies[1:]: unify(copies[0], copy)
     return new_axis(n_outer, 'copies'),copies[0]

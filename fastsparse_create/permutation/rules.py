@@ -212,7 +212,7 @@ def _transposed_channels(read, rows, columns, groups):
     for g in range(1, groups): cut(rows, g*length(rows)//groups)
     return columns*groups
 
-# %% ../../nbs/07b_permutation.rules.ipynb #a6429d3f
+# %% ../../nbs/07b_permutation.rules.ipynb #d457a5dd
 def _spatial(t, a, outs):
     x = next(tensors_in(vars(a)))
     n = int(re.search(r'(\d)d', t.op)[1])
@@ -222,6 +222,14 @@ def _spatial(t, a, outs):
 
 _spatial_ops = re.compile(r'(_?adaptive_)?(avg|max)_pool\dd(_with_indices)?|(reflection|replication)_pad\dd|'
                           r'_?upsample_(nearest|nearest_exact|linear|bilinear|bicubic|trilinear)\dd(_aa)?')
+
+@_rule('pixel_shuffle')
+def _shuffled_pixels(t, a, outs):
+    *batch,read,height,width = t.axes(a.self)
+    made = new_axis(outs[0].shape[-3])
+    unify(read, [(c,r*a.upscale_factor**2) for c,r in made])
+    freeze(height+width, 'space')
+    return [[*batch, made, *(new_axis(n, 'space') for n in outs[0].shape[-2:])]]
 
 @_rule('native_batch_norm', '_native_batch_norm_legit', '_native_batch_norm_legit_no_training', 'cudnn_batch_norm', 'miopen_batch_norm')
 def _batch_normalized(t, a, outs):
