@@ -14,33 +14,54 @@ from fastai.basics import *
 from .masking import *
 from .selection import *
 
-# %% ../nbs/30_report.ipynb #890d8e92
-def _uses_last(m, inputs, out): yield m.weight,m.weight,out.numel()//out.shape[-1]
+# %% ../nbs/30_report.ipynb #9fb9c8dd
+def _uses_last(m, inputs, out): yield m.weight,out.numel()//out.shape[-1]
 
-def _uses_conv(m, inputs, out): yield m.weight,m.weight,out.numel()//m.out_channels
+def _uses_conv(m, inputs, out): yield m.weight,out.numel()//m.out_channels
 
-def _uses_conv_transpose(m, inputs, out): yield m.weight,m.weight,inputs[0].numel()//m.in_channels
+def _uses_conv_transpose(m, inputs, out): yield m.weight,inputs[0].numel()//m.in_channels
 
 def _uses_rnn(m, inputs, out):
     n = inputs[0].data.numel()//getattr(m, 'module', m).input_size  # `data` is also where a PackedSequence has its tokens
     for p in m._parameters.values():
-        if p is not None and p.ndim>1: yield p,p,n
+        if p is not None and p.ndim>1: yield p,n
 
 def _uses_attention(m, inputs, out):
     n = [x.numel()//size for x,size in zip(inputs, (m.embed_dim,m.kdim,m.vdim))]
-    if m._qkv_same_embed_dim: parts = [(m.in_proj_weight,part) for part in m.in_proj_weight.chunk(3)]
-    else: parts = [(w,w) for w in (m.q_proj_weight,m.k_proj_weight,m.v_proj_weight)]
-    for (weight,part),positions in zip(parts, n): yield weight,part,positions
-    yield m.out_proj.weight,m.out_proj.weight,n[0]
+    if m._qkv_same_embed_dim: yield m.in_proj_weight,tensor(n).repeat_interleave(m.embed_dim)
+    else: yield from zip((m.q_proj_weight,m.k_proj_weight,m.v_proj_weight), n)
+    yield m.out_proj.weight,n[0]
 
 _uses = {'Linear':_uses_last, 'Conv1D':_uses_last, 'Bilinear':_uses_last, '_ConvTransposeNd':_uses_conv_transpose, '_ConvNd':_uses_conv,
          'RNNBase':_uses_rnn, 'RNNCellBase':_uses_rnn, 'WeightDropout':_uses_rnn, 'MultiheadAttention':_uses_attention}
 
 def _rule(module): return next((_uses[c.__name__] for c in type(module).__mro__ if c.__name__ in _uses), None)
 
-# %% ../nbs/30_report.ipynb #fce40048
+# %% ../nbs/30_report.ipynb #bfeaa92c
 @contextmanager
-def _inference(model):
+def watch_uses(model:nn.Module, # Not a compiled one
+              ): # List that grows while `model` runs: weight, positions of each of its rows, whether an input of its layer requires a gradient
+    "Take note of all uses of weights"
+    uses = []
+    def note(m, args, kwargs, out):
+        inputs = inspect.signature(m.forward).bind(*args, **kwargs).args
+        uses.extend((weight, torch.as_tensor(n).expand(len(weight)), _requires_grad(inputs)) for weight,n in _rule(m)(m, inputs, out))
+    hooks = [m.register_forward_hook(note, with_kwargs=True) for m in model.modules() if _rule(m)]
+    try: yield uses
+    finally:
+        for h in hooks: h.remove()
+
+def _requires_grad(o): return any(map(_requires_grad, o)) if isinstance(o, (tuple,list)) else getattr(o, 'requires_grad', False)
+
+def use_flops(positions, # Positions of each row of a weight
+              n, # Products at a position, of each row or of every one
+             )->int: # 2 for each product
+    "FLOPs of the use of a weight"
+    return 2*int((positions*n).sum())
+
+# %% ../nbs/30_report.ipynb #be6376a8
+@contextmanager
+def inference(model):
     "`model` in eval mode, without gradients; its modes and all random states are restored"
     modes = [(m,m.training) for m in model.modules()]
     nested = [m for m in model.modules() if getattr(m, 'use_nested_tensor', False)]
@@ -51,19 +72,15 @@ def _inference(model):
         for m in nested: m.use_nested_tensor = True
         for m,training in modes: m.training = training
 
+# %% ../nbs/30_report.ipynb #da1a294e
 def _count_flops(model, xb):
     "FLOPs of each weight that `model` uses for `xb`, dense and sparse"
     counts = {}
-    def count(m, args, kwargs, out):
-        inputs = inspect.signature(m.forward).bind(*args, **kwargs).args
-        for weight,part,n in _rule(m)(m, inputs, out):
-            dense,sparse = counts.get(weight, (0,0))
-            counts[weight] = dense+2*n*part.numel(), sparse+2*n*part.count_nonzero().item()
-    hooks = [m.register_forward_hook(count, with_kwargs=True) for m in model.modules() if _rule(m)]
-    try:
-        with _inference(model): model(*xb)
-    finally:
-        for h in hooks: h.remove()
+    with watch_uses(model) as uses, inference(model): model(*xb)
+    for weight,positions,_ in uses:
+        rows = weight.detach().flatten(1)
+        dense,sparse = counts.get(weight, (0,0))
+        counts[weight] = dense+use_flops(positions, rows.shape[1]), sparse+use_flops(positions, rows.count_nonzero(1).cpu())
     return counts
 
 # %% ../nbs/30_report.ipynb #61e6f23c
@@ -109,13 +126,54 @@ def _as_row(site, flops):
     zeros = site.param.numel()-site.param.count_nonzero().item()
     return SparsityRow(site.name, ', '.join(types), tuple(site.param.shape), site.param.numel(), zeros, *flops.get(site.param, (None,None)))
 
-# %% ../nbs/30_report.ipynb #b839a72d
-def _human(n):
+# %% ../nbs/30_report.ipynb #ed143d74
+def human(n):
+    "`n` with three digits and a unit"
     if n is None: return '–'
     for unit,size in (('T',1e12), ('G',1e9), ('M',1e6), ('k',1e3)):
         if n>=size: return f'{n/size:,.2f} {unit}'
     return str(n)
 
+def text_table(head, # Titles of the columns, of which the first three are set left
+               body, # Lists of strings
+               foot, # Lists of strings below the rule: totals
+               note='', # Line below the table
+              )->str:
+    "A table for terminals"
+    lines = [head, *body, *foot]
+    widths = [max(map(len, col)) for col in zip(*lines)]
+    lines = ['  '.join(f'{c:<{w}}' if i<3 else f'{c:>{w}}' for i,(c,w) in enumerate(zip(line, widths))) for line in lines]
+    rule,n = '-'*len(lines[0]),len(lines)-len(foot)
+    return '\n'.join([lines[0], rule, *lines[1:n], rule, *lines[n:]] + [note]*bool(note))
+
+def html_table(head, # Titles of the columns, of which the first three are set left
+               body, # Lists of cells in HTML
+               foot, # Lists of cells in HTML: totals
+               note='', # Line below the table
+              )->str:
+    "A table for notebooks"
+    head,body,foot = (''.join(_html_row(tag, row) for row in rows) for tag,rows in (('th',[map(escape, head)]), ('td',body), ('td',foot)))
+    note = f'<caption style="{_note_style}">{escape(note)}</caption>' if note else ''
+    return (f'<table style="{_table_style}">{note}<thead style="border-bottom:1px solid">{head}</thead>'
+            f'<tbody>{body}</tbody><tfoot style="border-top:1px solid;font-weight:bold">{foot}</tfoot></table>')
+
+def bar_cell(share, # In [0,1]
+             text, # Shown beside the bar
+            )->str:
+    "A cell in HTML with a bar"
+    style = 'display:inline-block;height:.7em'
+    return (f'<span style="{style};vertical-align:middle;width:5em;background:rgba(128,128,128,.2);text-align:left">'
+            f'<span style="{style};vertical-align:top;width:{share:.1%};background:#1f77b4"></span></span>'
+            f'<span style="display:inline-block;width:4.5em">{escape(text)}</span>')
+
+_table_style = 'border-collapse:collapse;font-size:90%;font-variant-numeric:tabular-nums'
+_note_style = 'caption-side:bottom;text-align:left;padding:.4em .7em;opacity:.7'
+
+def _html_row(tag, cells):
+    style = "padding:.15em .7em;white-space:nowrap;text-align:{}".format
+    return '<tr>'+''.join(f'<{tag} style="{style("left" if i<3 else "right")}">{c}</{tag}>' for i,c in enumerate(cells))+'</tr>'
+
+# %% ../nbs/30_report.ipynb #1ceb90db
 _note = "FLOPs of the batch: 2 per multiply-add of these weights; sparse: if zeros were skipped, which eager PyTorch doesn't do"
 
 class SparsityReport:
@@ -131,32 +189,26 @@ class SparsityReport:
         return ['layer','type','shape','parameters','zeros','sparsity'] + ['FLOPs','sparse FLOPs']*has_flops
 
     def _cells(self, row):
-        shape,flops = '×'.join(map(str, row.shape)),[_human(row.flops), _human(row.sparse_flops)]
+        shape,flops = '×'.join(map(str, row.shape)),[human(row.flops), human(row.sparse_flops)]
         return [row.layer, row.type, shape, f'{row.parameters:,}', f'{row.zeros:,}', f'{row.sparsity:.2%}', *flops][:len(self._columns())]
 
     def _empty_note(self): return f"Nothing prunable and no masks among the model's {self.model.parameters:,} parameters"
 
     def __repr__(self):
         if not self.rows: return self._empty_note()
-        lines = [self._columns(), *(self._cells(r) for r in [*self.rows, self.prunable, self.model])]
-        widths = [max(map(len, col)) for col in zip(*lines)]
-        lines = ['  '.join(f'{c:<{w}}' if i<3 else f'{c:>{w}}' for i,(c,w) in enumerate(zip(line, widths))) for line in lines]
-        rule = '-'*len(lines[0])
-        return '\n'.join([lines[0], rule, *lines[1:-2], rule, *lines[-2:]] + [_note]*(self.model.flops is not None))
+        return text_table(self._columns(), *self._map(self._cells), self._shown_note())
+
+    def _map(self, f): return [f(r) for r in self.rows],[f(self.prunable),f(self.model)]
+    def _shown_note(self): return '' if self.model.flops is None else _note
 
     def to_html(self)->str:
         "The report as an HTML table, with a bar for each sparsity"
         if not self.rows: return f'<p>{escape(self._empty_note())}</p>'
-        head = _html_row('th', [escape(c) for c in self._columns()])
-        body,foot = (''.join(_html_row('td', self._html_cells(r)) for r in rows) for rows in (self.rows, [self.prunable, self.model]))
-        note = f'<caption style="{_note_style}">{escape(_note)}</caption>' if self.model.flops is not None else ''
-        return (f'<table style="{_table_style}">{note}<thead style="border-bottom:1px solid">{head}</thead>'
-                f'<tbody>{body}</tbody><tfoot style="border-top:1px solid;font-weight:bold">{foot}</tfoot></table>')
+        return html_table(self._columns(), *self._map(self._html_cells), self._shown_note())
 
     def _html_cells(self, row):
-        cells = [escape(c) for c in self._cells(row)]
-        cells[5] = _bar(row.sparsity)+f'<span style="display:inline-block;width:4.5em">{cells[5]}</span>'
-        return cells
+        cells = self._cells(row)
+        return [*map(escape, cells[:5]), bar_cell(row.sparsity, cells[5]), *map(escape, cells[6:])]
 
     _repr_html_ = to_html
 
@@ -165,17 +217,6 @@ class SparsityReport:
         return pd.DataFrame([{**asdict(r), 'sparsity':r.sparsity} for r in self.rows], columns=_df_columns)
 
 _df_columns = ['layer','type','shape','parameters','zeros','sparsity','flops','sparse_flops']
-_table_style = 'border-collapse:collapse;font-size:90%;font-variant-numeric:tabular-nums'
-_note_style = 'caption-side:bottom;text-align:left;padding:.4em .7em;opacity:.7'
-
-def _html_row(tag, cells):
-    styles = [f"padding:.15em .7em;white-space:nowrap;text-align:{'left' if i<3 else 'right'}" for i in range(len(cells))]
-    return '<tr>'+''.join(f'<{tag} style="{style}">{c}</{tag}>' for style,c in zip(styles, cells))+'</tr>'
-
-def _bar(share):
-    style = 'display:inline-block;height:.7em'
-    return (f'<span style="{style};vertical-align:middle;width:5em;background:rgba(128,128,128,.2);text-align:left">'
-            f'<span style="{style};vertical-align:top;width:{share:.1%};background:#1f77b4"></span></span>')
 
 # %% ../nbs/30_report.ipynb #898bc00d
 def sparsity_report(model, # Any model, or a `Learner`
