@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'mask_tensors', 'MaskedParam', 'masked_params', 'fitting_params', 'attach_masks', 'enforce',
            'gradients_managed', 'set_mask', 'apply_masks', 'measured_sparsity', 'optimizer_slots', 'mask_optimizer',
-           'stop_enforcing', 'make_permanent', 'masks_from_zeros', 'masks_from_file', 'sparse_kaiming_']
+           'stop_enforcing', 'make_permanent', 'masks_from_zeros', 'masks_from_file', 'sparse_kaiming_',
+           'keep_variance_']
 
 # %% ../nbs/05_masking.ipynb #973a6dd1
 import math,numpy as np,torch
@@ -46,7 +47,7 @@ def mask_tensors(tensors:list, # Tensors to change in place
         t = t.data  # masking what is masked already must not invalidate graphs that wait for their backward pass
         t.view(_widths[t.element_size()]).bitwise_and_(_mask_bits(m, t))
 
-# %% ../nbs/05_masking.ipynb #05134cee
+# %% ../nbs/05_masking.ipynb #84bcd534
 @dataclass(eq=False)
 class MaskedParam:
     "A parameter with its mask; `owners` are the `(module, attribute)` pairs that hold them"
@@ -61,6 +62,22 @@ class MaskedParam:
     def is_enforced(self):
         module,attr = self.owners[0]
         return _masked(module)[attr]
+
+    @property
+    def weight(self): return self.param
+    @property
+    def grad(self): return self.param.grad
+
+    def collect(self, on:bool):
+        "The dense gradient is there without being asked for"
+
+    def rewire(self,
+               mask:torch.Tensor, # Boolean mask of its shape, True where weights are kept
+               opt=None, # fastai or PyTorch optimizer
+              ):
+        "Make `mask` the connections: what is new starts at 0 and without momentum, what stays is not touched"
+        set_mask(self, mask)
+        if opt is not None: mask_optimizer(opt, [self])
 
 def _masked(module):
     "Attribute of each masked parameter of `module` -> is its mask enforced?"
@@ -282,3 +299,11 @@ def sparse_kaiming_(param:torch.Tensor, # Weight to overwrite; dimension 0 is th
     std = nn.init.calculate_gain(nonlinearity, a)/fan_in.to(param.dtype).sqrt()
     noise = torch.randn(param.shape, generator=generator).to(param)
     return param.copy_(noise*std.view([-1 if d==output_dim else 1 for d in range(param.ndim)])).mul_(mask)
+
+# %% ../nbs/05_masking.ipynb #7071ca19
+@torch.no_grad()
+def keep_variance_(param:torch.Tensor, # Weight to scale
+                   mask:torch.Tensor, # Boolean mask of its shape
+                  )->torch.Tensor: # `param`
+    "Scale a freshly initialized weight so that activations keep their variance behind a random mask"
+    return param.mul_((mask.numel()/mask.sum().clamp(min=1)).sqrt()).mul_(mask)

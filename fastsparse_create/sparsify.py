@@ -16,7 +16,7 @@ from .masks.structured import *
 from .masks.nm import *
 from .selection import *
 
-# %% ../nbs/15_sparsify.ipynb #f60388e7
+# %% ../nbs/15_sparsify.ipynb #15ef27b8
 class MaskHook:
     "Keeps the mask of one parameter enforced until `remove` is called"
     def __init__(self, model, param): self.model,self.param = model,param
@@ -37,15 +37,15 @@ def sparsify_model(model, # Model, or `Learner`
                   )->list: # A hook for each masked parameter, with `remove()`; empty if `enforce_masks=False`
     "Mask a share of the weights of a model, exactly `round(numel*sparsity)` in each parameter"
     learn,model = (model,model.model) if hasattr(model, 'add_cb') else (None,model)
-    calculator,generator = get_mask_type(mask_type),torch.Generator().manual_seed(seed)
+    calculator = get_mask_type(mask_type)
     names = fitting_params(model, params, calculator)
     sites = list(select(model, names).values())
     sparsities = _sparsities(sparse_init_f, sites, sparsity)
-    masks = [calculator(criterion(s.param, generator=generator), share) for s,share in zip(sites, sparsities)]
+    masks = [calculator(criterion(s.param, generator=seeded(seed, 'mask', s.name)), share) for s,share in zip(sites, sparsities)]
     masked = attach_masks(model, names, enforce=enforce_masks)
     for p,mask in zip(masked, masks):
         set_mask(p, mask)
-        if reinit: sparse_kaiming_(p.param, mask, generator, output_dim=int(getattr(p.owners[0][0], 'transposed', False)))
+        if reinit: sparse_kaiming_(p.param, mask, seeded(seed, 'weight', p.name), output_dim=int(getattr(p.owners[0][0], 'transposed', False)))
     if learn is not None: _enforce_in(learn, masked)
     return [MaskHook(model, p) for p in masked] if enforce_masks else []
 

@@ -30,12 +30,12 @@ def _is_trusted(learn, params):
     known = all(type(cb).__module__.split('.')[0] in ('fastai','fastsparse_create') and type(cb) is not Callback for cb in learn.cbs)
     return known and all(id(p.param) in held for p in params) and keeps_zeros(learn.opt)
 
-# %% ../../nbs/10_callback.core.ipynb #8b4149c6
+# %% ../../nbs/10_callback.core.ipynb #f3358004
 class MaskEnforcer(Callback):
     "Keeps masked weights and their momentum at 0, masks gradients, and reports the measured `sparsity`"
     order = 10.5  # gradients are complete and unscaled after MixedPrecision (10), and not yet clipped (11)
     def before_fit(self):
-        self._trusted,self._released = False,[]
+        self._trusted,self._released,self._replaced = False,[],False
         if hasattr(self.learn, 'recorder'): self.learn.recorder.sparsities = []
         self.learn.metrics = self._other_metrics() + [ValueMetric(self.sparsity, 'sparsity')]
 
@@ -67,8 +67,14 @@ class MaskEnforcer(Callback):
     def before_step(self):
         live = [p for p in self._params if p.param.grad is not None]
         mask_tensors([p.param.grad for p in live], [p.mask for p in live])
+        if self._replaced: raise CancelStepException()
+
+    def replace_step(self):
+        "Called before the optimizer's step: something else takes its place"
+        self._replaced = True
 
     def after_step(self):
+        self._replaced = False
         if not self._trusted: return self._mask_all()
         if not isinstance(self.opt, Optimizer): return  # PyTorch's own zero_grad releases gradients
         self._released = [p.param for p in self._params if p.param.grad is not None]

@@ -17,7 +17,7 @@ from ..masks.nm import *
 from ..schedule import *
 from ..selection import *
 
-# %% ../../nbs/11_callback.pruning.ipynb #f668c89e
+# %% ../../nbs/11_callback.pruning.ipynb #8a139901
 class PruningModifier(Modifier, abstract=True):
     "Owns the masks of `params` between `start_epoch` and `end_epoch`"
     calculator = Unstructured()
@@ -32,10 +32,14 @@ class PruningModifier(Modifier, abstract=True):
     def before_fit(self):
         super().before_fit()
         _refuse_overlaps(self.learn)
-        self._names = fitting_params(self.model, self.params, self.calculator)
+        self._names = self.choose()
         self._released |= self._ended_before(self.resumed_at)
         self._params = attach_masks(self.model, self._names, enforce=not self._released)
         MaskEnforcer.ensure(self.learn).before_fit()
+
+    def choose(self)->list: # Names of parameters
+        "What to mask: the parameters of `params` that the pattern fits"
+        return fitting_params(self.model, self.params, self.calculator)
 
     def _ended_before(self, epoch): return epoch is not None and not self.leave_enabled and 0<=self.end_epoch<epoch
     def _is_ahead(self, batch, epoch, resumed, n_iter): return super()._is_ahead(batch, epoch, resumed, n_iter) and not self._released
