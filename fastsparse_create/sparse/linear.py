@@ -67,7 +67,7 @@ class _SparseProduct(torch.autograd.Function):
         if ctx.needs_input_grad[2]: dbias = g.sum(1)
         return dx,dvalues,dbias,None,None
 
-# %% ../../nbs/05a_sparse.linear.ipynb #e6b006e6
+# %% ../../nbs/05a_sparse.linear.ipynb #a16d2bbb
 _dtypes = torch.float32,torch.float64
 
 class SparseLinear(nn.Module):
@@ -164,6 +164,7 @@ class SparseLinear(nn.Module):
         crow,cols,values = (state_dict.get(prefix+n) for n in ('crow_indices','col_indices','values'))
         if crow is not None and cols is not None and values is not None and crow.shape==self.crow_indices.shape:
             if (wrong := _misfit(crow, cols, values, self.in_features)): return error_msgs.append(f"{prefix}values: {wrong}")
+            self.values.grad = None
             resize_(self.values, self.values.new_empty(len(values)))
             self.col_indices = self.col_indices.new_empty(len(cols))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)

@@ -1,0 +1,271 @@
+"Layers that store only their connections compute, train and rewire as masked layers do"
+import io,pickle,pytest,torch
+import torch.nn.functional as F
+from copy import deepcopy
+from hypothesis import given,strategies as st
+from fastsparse_create.masking import *
+from fastsparse_create.sparse.linear import *
+from fastsparse_create.sparsify import *
+from utils import *
+
+def masked_layer(d_in=12, d_out=7, sparsity=.7, seed=0, dtype=torch.float64, bias=True):
+    "A linear layer and its mask"
+    g = torch.Generator().manual_seed(seed)
+    layer = nn.Linear(d_in, d_out, bias=bias, dtype=dtype)
+    mask = torch.rand(d_out, d_in, generator=g)>=sparsity
+    with torch.no_grad():
+        for p in layer.parameters(): p.copy_(torch.randn(p.shape, generator=g))
+        layer.weight.mul_(mask)
+    return layer,mask
+
+def pair(**kwargs):
+    "The same layer masked and sparse"
+    layer,mask = masked_layer(**kwargs)
+    sparse = SparseLinear.from_linear(deepcopy(layer), mask)
+    set_mask(attach_masks(layer, ['weight'])[0], mask)
+    return layer,sparse,mask
+
+def test_gradcheck():
+    layer,mask = masked_layer(5, 4, .5)
+    sparse,x = SparseLinear.from_linear(layer, mask),torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    def f(x, values, bias): return torch.func.functional_call(sparse, {'values':values, 'bias':bias}, x)
+    def dense(x, values, bias): return F.linear(x, torch.zeros(4,5,dtype=torch.float64).masked_scatter(mask, values), bias)
+    inputs = x,sparse.values.detach().requires_grad_(),sparse.bias.detach().requires_grad_()
+    assert torch.autograd.gradcheck(f, inputs)
+    torch.testing.assert_close(f(*inputs), dense(*inputs))
+    g = torch.randn(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(torch.autograd.grad(f(*inputs), inputs, g), torch.autograd.grad(dense(*inputs), inputs, g))
+
+@given(d_in=st.integers(1,20), d_out=st.integers(1,20), lead=st.lists(st.integers(0,4), max_size=3), density=st.floats(0,1),
+       bias=st.booleans(), double=st.booleans(), seed=st.integers(0,99))
+def test_same_as_masked(d_in, d_out, lead, density, bias, double, seed):
+    dtype = torch.float64 if double else torch.float32
+    layer,sparse,mask = pair(d_in=d_in, d_out=d_out, sparsity=1-density, seed=seed, dtype=dtype, bias=bias)
+    a = torch.randn(*lead, d_in, dtype=dtype, requires_grad=True)
+    b = a.detach().clone().requires_grad_()
+    ya,yb = layer(a),sparse(b)
+    torch.testing.assert_close(yb, ya)
+    g = torch.randn_like(ya)
+    ya.backward(g), yb.backward(g)
+    torch.testing.assert_close(b.grad, a.grad)
+    torch.testing.assert_close(sparse.values.grad, layer.weight.grad[mask])
+    if bias: torch.testing.assert_close(sparse.bias.grad, layer.bias.grad)
+    assert torch.equal(sparse.weight, layer.weight) and torch.equal(sparse.mask, mask)
+
+@given(d_in=st.integers(1,12), d_out=st.integers(1,12), before=st.floats(0,1), after=st.floats(0,1), seed=st.integers(0,99))
+def test_rewire_any_pattern(d_in, d_out, before, after, seed):
+    layer,mask = masked_layer(d_in, d_out, 1-before, seed)
+    sparse = SparseLinear.from_linear(layer, mask)
+    p, = sparse_params(sparse)
+    new = torch.rand(d_out, d_in)<after
+    p.rewire(new)
+    assert torch.equal(p.mask, new) and torch.equal(p.weight, layer.weight*(mask & new))
+    torch.testing.assert_close(sparse(torch.eye(d_in, dtype=torch.float64))-layer.bias, (layer.weight*(mask & new)).t())
+
+optimizers = dict(sgd=partial(SGD, mom=.9), adam=Adam, radam=RAdam, lamb=Lamb, rms=RMSProp, lookahead=lambda *a,**k: Lookahead(SGD(*a, mom=.9, **k), k=2), ranger=lambda *a,**k: Lookahead(RAdam(*a, **k), k=2),
+                  torch_sgd=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)), torch_adam=partial(OptimWrapper, opt=torch.optim.Adam),
+                  torch_adamw=partial(OptimWrapper, opt=torch.optim.AdamW))
+raw = dict(raw_sgd=lambda ps,lr: torch.optim.SGD(ps, lr, momentum=.9), raw_adam=torch.optim.Adam, raw_amsgrad=partial(torch.optim.Adam, amsgrad=True))
+
+def steps(model, opt, n=5, seed=0, d_in=12):
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(n):
+        model(torch.randn(4, d_in, dtype=torch.float64, generator=g)).square().mean().backward()
+        opt.step(), opt.zero_grad()
+
+@pytest.mark.parametrize('name', [*optimizers, *raw])
+@pytest.mark.parametrize('n_new', ['fewer','same','more'])
+def test_rewire_keeps_bits(name, n_new):
+    layer,mask = masked_layer()
+    model = nn.Sequential(SparseLinear.from_linear(layer, mask))
+    p,values = sparse_params(model)[0],model[0].values
+    opt = {**optimizers, **raw}[name](list(model.parameters()), lr=.01)
+    steps(model, opt)
+    def dense(t): return torch.zeros(mask.shape, dtype=t.dtype).masked_scatter(p.mask, t)
+    slots = memory(opt, values)
+    before = [dense(t.detach()) for t in [values, *slots]]
+    assert slots and all(b.count_nonzero() for b in before[1:])
+    g,new = torch.Generator().manual_seed(1),mask.clone()
+    drop = mask.nonzero()[torch.randperm(int(mask.sum()), generator=g)[:8]]
+    grow = (~mask).nonzero()[torch.randperm(int((~mask).sum()), generator=g)[:dict(fewer=3, same=8, more=20)[n_new]]]
+    new[drop[:,0],drop[:,1]] = False
+    new[grow[:,0],grow[:,1]] = True
+    loss = model(torch.randn(4, 12, dtype=torch.float64)).sum()  # whoever keeps the graph of an earlier step doesn't disturb the next
+    p.rewire(new, opt)
+    assert model[0].values is values and torch.equal(p.mask, new)
+    after = [dense(t.detach()) for t in [values, *memory(opt, values)]]
+    assert len(after)==len(before)
+    for a,b in zip(after, before):
+        assert torch.equal(a[mask & new], b[mask & new])
+        assert not a[new & ~mask].any()
+    steps(model, opt)
+    assert values.isfinite().all() and len(values)==new.sum() and loss.requires_grad
+
+@pytest.mark.parametrize('name', list(optimizers))
+def test_trains_like_masked(name):
+    torch.manual_seed(0)
+    masked = nn.Sequential(nn.Linear(12,20), nn.ReLU(), nn.Linear(20,16), nn.ReLU(), nn.Linear(16,3)).double()
+    sparsify_model(masked, .8)
+    model = deepcopy(masked)
+    report = sparse_layers_(model, .5, min_weights=0)
+    assert [r.status for r in report.rows]==['sparse']*3
+    for m in (masked,model):
+        opt = optimizers[name](params(m), lr=.01)
+        if not name.startswith('torch'): opt.set_hypers(wd=.1)
+        steps(m, opt, 12)
+    for a,b in zip(masked_params(masked), sparse_params(model)):
+        assert a.name==b.name and torch.equal(a.mask, b.mask)
+        torch.testing.assert_close(a.param.data*a.mask, b.weight, rtol=1e-7, atol=1e-9)
+
+def test_learner_decays_values():
+    "fastai's `Learner` takes weight decay off biases only"
+    learn = tiny_learner(nn.Sequential(SparseLinear(4,16,.5), nn.ReLU(), SparseLinear(16,2,.5)), opt_func=partial(SGD, wd=.1))
+    learn.create_opt()
+    decays = {n:learn.opt.state[p].get('do_wd', True) for n,p in learn.model.named_parameters()}
+    assert decays=={'0.values':True, '0.bias':False, '2.values':True, '2.bias':False}
+
+@pytest.mark.parametrize('n_batches', [1,3])
+def test_collected_gradient(n_batches):
+    layer,mask = masked_layer()
+    model = nn.Sequential(SparseLinear.from_linear(deepcopy(layer), mask), nn.Tanh(), nn.Linear(7,2).double())
+    p, = sparse_params(model)
+    model(torch.randn(4, 12, dtype=torch.float64)).sum().backward()
+    assert p.grad is None
+    p.collect(True)
+    weight,total = p.weight.requires_grad_(),0
+    for _ in range(n_batches):
+        x = torch.randn(2, 3, 12, dtype=torch.float64)
+        model(x).square().sum().backward()
+        model[2](torch.tanh(F.linear(x, weight, model[0].bias))).square().sum().backward()
+        p.collect(True)
+    torch.testing.assert_close(p.grad, weight.grad)
+    p.collect(False)
+    assert p.grad is None
+    p.collect(True)
+    model[0].values.requires_grad_(False)
+    model(x).sum().backward()
+    assert p.grad is None
+
+def test_no_grad_keeps_nothing():
+    sparse = SparseLinear(12, 7, .5)
+    with torch.no_grad(): assert sparse(torch.randn(2,12)).grad_fn is None
+    p, = sparse_params(sparse)
+    p.collect(True)
+    with torch.no_grad(): sparse(torch.randn(2,12))
+    assert p.grad is None
+
+def test_round_trips(tmp_path):
+    sparse,other,x = SparseLinear(12, 7, .5),SparseLinear(12, 7, .9, seed=1),torch.randn(3, 12)
+    file = tmp_path/'m.pth'
+    torch.save(sparse.state_dict(), file)
+    opt = torch.optim.SGD(other.parameters(), .1, momentum=.9)
+    other(x).sum().backward()
+    values = other.values
+    other.zero_grad()
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert other.values is values and len(values)==len(sparse.values)
+    for copied in (other, deepcopy(sparse), pickle.loads(pickle.dumps(sparse))):
+        assert torch.equal(copied(x), sparse(x)) and torch.equal(copied.mask, sparse.mask)
+        copied(x).sum().backward()
+        assert copied.values.grad.shape==sparse.values.shape
+    opt.step()
+
+@pytest.mark.parametrize('harm,message', [(dict(values=lambda t: t[1:]), 'values for'), (dict(col_indices=lambda t: t+12), 'columns outside'),
+                                          (dict(crow_indices=lambda t: t.flip(0)), 'add up'), (dict(crow_indices=lambda t: t[1:]), 'crow_indices')])
+def test_broken_state_changes_nothing(harm, message):
+    sparse,other = SparseLinear(12, 7, .5),SparseLinear(12, 7, .9, seed=1)
+    weight,state = other.weight.detach().clone(),sparse.state_dict()
+    for k,f in harm.items(): state[k] = f(state[k])
+    with pytest.raises(RuntimeError, match=message): other.load_state_dict(state)
+    if message!='crow_indices': assert torch.equal(other.weight, weight)
+
+def test_learner_export(tmp_path):
+    learn = tiny_learner(nn.Sequential(SparseLinear(4,16,.5), nn.ReLU(), SparseLinear(16,2,.5)), path=tmp_path)
+    learn.fit(1)
+    learn.save('m', with_opt=True)
+    before = weights(learn.model)
+    p, = sparse_params(learn.model)[:1]
+    p.rewire(torch.ones(16,4, dtype=torch.bool), learn.opt)
+    learn.fit(1)
+    learn.load('m', with_opt=True)
+    assert same(before, weights(learn.model))
+    learn.fit(1)
+    learn.export()
+    x = torch.randn(3,4)
+    assert torch.equal(load_learner(tmp_path/'export.pkl').model(x), learn.model.cpu()(x))
+
+@pytest.mark.parametrize('name', [*optimizers, *raw])
+def test_optimizer_follows(name):
+    "There and back in the middle of training"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12,20), nn.ReLU(), nn.Linear(20,3)).double()
+    sparsify_model(model, .8)
+    other = deepcopy(model)
+    opt,opt2 = ({**optimizers, **raw}[name](list(m.parameters()), lr=.01) for m in (model,other))
+    steps(model, opt), steps(other, opt2)
+    sparse_layers_(other, .5, 0, opt=opt2)
+    steps(model, opt), steps(other, opt2)
+    dense_layers_(other, opt=opt2)
+    steps(model, opt), steps(other, opt2)
+    a,b = weights(model),weights(other)
+    assert a.keys()==b.keys()
+    for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-7, atol=1e-9)
+    assert all(p.is_enforced for p in masked_params(other))
+
+def test_why_not():
+    shared,hooked = nn.Linear(8,8),nn.Linear(8,8)
+    hooked.register_forward_hook(lambda *_: None)
+    tied = nn.Linear(8,8)
+    tied.weight = shared.weight
+    class Own(nn.Linear): pass
+    model = nn.ModuleDict(dict(conv=nn.Conv2d(3,8,1), shared=shared, tied=tied, hooked=hooked, own=Own(8,8), float16=nn.Linear(8,8).half(), small=nn.Linear(2,2), full=nn.Linear(8,8)))
+    report = sparse_layers_(model, .9, 20)
+    status = {r.layer.split('.')[0]:r.status for r in report.rows}
+    assert status==dict(conv='Conv2d is no plain Linear', shared='shared by several layers', hooked='has hooks', own='Own is no plain Linear',
+                        float16='float16', small='fewer than 20 weights', full='sparsity below 0.9')
+    assert 'sparsity below' in repr(report) and not sparse_params(model)
+    root = nn.Linear(8,8)
+    with torch.no_grad(): root.weight.zero_()
+    assert 'the model itself' in sparse_layers_(root, .9, 0).rows[0].status
+    with pytest.raises(ValueError, match='min_sparsity'): sparse_layers_(model, 1.5)
+    with pytest.raises(ValueError, match='to_linear'): dense_layers_(SparseLinear(3,3))
+    assert dense_layers_(model)==[]
+
+def test_same_layer_twice():
+    layer,_ = masked_layer(8, 8)
+    model = nn.Sequential(layer, nn.ReLU(), layer)
+    x = torch.randn(2, 8, dtype=torch.float64)
+    y = model(x)
+    sparse_layers_(model, .1, 0)
+    assert model[0] is model[2] and isinstance(model[0], SparseLinear)
+    torch.testing.assert_close(model(x), y)
+    p, = sparse_params(model)
+    weight = p.weight.requires_grad_()
+    p.collect(True)
+    model(x).sum().backward()
+    F.linear(F.linear(x, weight, model[0].bias).relu(), weight, model[0].bias).sum().backward()
+    torch.testing.assert_close(p.grad, weight.grad)
+
+def test_transformer_layer():
+    "Model code that reads `weight` gets a dense copy with gradients"
+    model = nn.TransformerEncoderLayer(8, 2, 32, dropout=0., batch_first=True)
+    sparsify_model(model, .5, ['linear1','linear2'])
+    other,x = deepcopy(model),torch.randn(2, 5, 8)
+    sparse_layers_(other, .5, 0, ['linear1','linear2'])
+    for training in (True,False): torch.testing.assert_close(other.train(training)(x), model.train(training)(x))
+    other.linear1.weight.sum().backward()
+    assert torch.equal(other.linear1.values.grad, torch.ones_like(other.linear1.values))
+
+def test_autocast():
+    sparse,x = SparseLinear(12, 7, .5),torch.randn(3, 12)
+    with torch.autocast('cpu', torch.bfloat16): y = sparse(x.bfloat16())
+    assert y.dtype==torch.float32
+    y.sum().backward()
+    assert sparse.values.grad.dtype==torch.float32
+
+def test_tensor_subclasses():
+    layer,sparse,_ = pair(dtype=torch.float32)
+    x = TensorImage(torch.randn(3, 12))
+    torch.testing.assert_close(sparse(x), layer(x))
+    CrossEntropyLossFlat()(sparse(x), TensorCategory(torch.tensor([0,1,2]))).backward()
+    assert sparse.values.grad is not None
