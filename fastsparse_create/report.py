@@ -14,7 +14,7 @@ from fastai.basics import *
 from .masking import *
 from .selection import *
 
-# %% ../nbs/30_report.ipynb #9fb9c8dd
+# %% ../nbs/30_report.ipynb #5862fc27
 def _uses_last(m, inputs, out): yield m.weight,out.numel()//out.shape[-1]
 
 def _uses_conv(m, inputs, out): yield m.weight,out.numel()//m.out_channels
@@ -32,32 +32,55 @@ def _uses_attention(m, inputs, out):
     else: yield from zip((m.q_proj_weight,m.k_proj_weight,m.v_proj_weight), n)
     yield m.out_proj.weight,n[0]
 
-_uses = {'Linear':_uses_last, 'Conv1D':_uses_last, 'Bilinear':_uses_last, '_ConvTransposeNd':_uses_conv_transpose, '_ConvNd':_uses_conv,
+def _uses_sparse(m, inputs, out): yield m.values,torch.full((m.out_features,), out.numel()//out.shape[-1])
+
+_uses = {'Linear':_uses_last, 'SparseLinear':_uses_sparse, 'Conv1D':_uses_last, 'Bilinear':_uses_last, '_ConvTransposeNd':_uses_conv_transpose, '_ConvNd':_uses_conv,
          'RNNBase':_uses_rnn, 'RNNCellBase':_uses_rnn, 'WeightDropout':_uses_rnn, 'MultiheadAttention':_uses_attention}
 
 def _rule(module): return next((_uses[c.__name__] for c in type(module).__mro__ if c.__name__ in _uses), None)
 
-# %% ../nbs/30_report.ipynb #bfeaa92c
+# %% ../nbs/30_report.ipynb #a073b769
+@dataclass
+class WeightUse:
+    "One use of a weight in a forward pass"
+    layer:nn.Module # Module that used it
+    weight:Tensor # Parameter, or a tensor that was computed; of a `SparseLinear`, its values
+    positions:Tensor # How often each of its rows was used
+    has_grad:bool # Did an input of the layer require a gradient?
+
+    @property
+    def is_sparse(self): return type(self.layer).__name__=='SparseLinear'
+
+    @property
+    def n_inputs(self)->int:
+        "Elements of each row, zeros included"
+        return self.layer.in_features if self.is_sparse else self.weight[0].numel()
+
+    def nonzeros(self)->Tensor:
+        "Non-zeros of each row"
+        return (self.layer.crow_indices.diff() if self.is_sparse else self.weight.detach().flatten(1).count_nonzero(1)).cpu()
+
+    def flops(self,
+              n, # Elements that count, of each row or of every one
+             )->int: # 2 for each product
+        "FLOPs of these elements"
+        return 2*int((self.positions*n).sum())
+
 @contextmanager
 def watch_uses(model:nn.Module, # Not a compiled one
-              ): # List that grows while `model` runs: weight, positions of each of its rows, whether an input of its layer requires a gradient
+              ): # List of `WeightUse` that grows while `model` runs
     "Take note of all uses of weights"
     uses = []
     def note(m, args, kwargs, out):
         inputs = inspect.signature(m.forward).bind(*args, **kwargs).args
-        uses.extend((weight, torch.as_tensor(n).expand(len(weight)), _requires_grad(inputs)) for weight,n in _rule(m)(m, inputs, out))
+        for weight,n in _rule(m)(m, inputs, out):
+            uses.append(WeightUse(m, weight, n if isinstance(n, Tensor) else torch.full((len(weight),), n), _requires_grad(inputs)))
     hooks = [m.register_forward_hook(note, with_kwargs=True) for m in model.modules() if _rule(m)]
     try: yield uses
     finally:
         for h in hooks: h.remove()
 
 def _requires_grad(o): return any(map(_requires_grad, o)) if isinstance(o, (tuple,list)) else getattr(o, 'requires_grad', False)
-
-def use_flops(positions, # Positions of each row of a weight
-              n, # Products at a position, of each row or of every one
-             )->int: # 2 for each product
-    "FLOPs of the use of a weight"
-    return 2*int((positions*n).sum())
 
 # %% ../nbs/30_report.ipynb #be6376a8
 @contextmanager
@@ -72,15 +95,14 @@ def inference(model):
         for m in nested: m.use_nested_tensor = True
         for m,training in modes: m.training = training
 
-# %% ../nbs/30_report.ipynb #da1a294e
+# %% ../nbs/30_report.ipynb #cd46babd
 def _count_flops(model, xb):
     "FLOPs of each weight that `model` uses for `xb`, dense and sparse"
     counts = {}
     with watch_uses(model) as uses, inference(model): model(*xb)
-    for weight,positions,_ in uses:
-        rows = weight.detach().flatten(1)
-        dense,sparse = counts.get(weight, (0,0))
-        counts[weight] = dense+use_flops(positions, rows.shape[1]), sparse+use_flops(positions, rows.count_nonzero(1).cpu())
+    for u in uses:
+        dense,sparse = counts.get(u.weight, (0,0))
+        counts[u.weight] = dense+u.flops(u.n_inputs), sparse+u.flops(u.nonzeros())
     return counts
 
 # %% ../nbs/30_report.ipynb #61e6f23c
