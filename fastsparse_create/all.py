@@ -15,6 +15,7 @@ from .callback.pruning import *
 from .callback.learning_rate import *
 from .callback.training import *
 from .callback.dynamic import *
+from .callback.dynamic_pruning import *
 from .sparsify import *
 from .asp import *
 from .recipe.expression import RecipeError

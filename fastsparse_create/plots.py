@@ -36,18 +36,16 @@ def _as_percent(axis, ax):
     axis.set_major_formatter(PercentFormatter(1, decimals=0))
     (ax.set_ylim if axis is ax.yaxis else ax.set_xlim)(0, 1.02)
 
-# %% ../nbs/31_plots.ipynb #d771c57d
+# %% ../nbs/31_plots.ipynb #4b755c1e
 def _span(m, n_epoch): return max(0, m.start_epoch),min(n_epoch, m.end_epoch if m.end_epoch>=0 else n_epoch)
 
 def _default_epochs(modifiers): return max(max(m.end_epoch, math.floor(m.start_epoch)+1, 1) for m in modifiers)
 
 def _draw_sparsity(ax, pruners, colors, n_epoch, n_iter):
     for m in pruners:
-        init = 0. if isinstance(m.init_sparsity, str) else m.init_sparsity
-        for final in m.final_sparsity if isinstance(m.final_sparsity, dict) else [m.final_sparsity]:
-            ticks = m.ticks(n_iter, n_epoch)
-            xs,ys = [b/n_iter for b in ticks],[m.sparsity_at(e, init, final) for e in ticks.values()]
-            if not xs: continue
+        for curve in m.planned(n_iter, n_epoch):
+            if not curve: continue
+            xs,ys = zip(*curve)
             xs,ys = [xs[0],*xs],[0.,*ys]
             ax.step(xs, ys, where='post', color=colors[m])
             ax.fill_between(xs, ys, step='post', color=colors[m], alpha=.07, lw=0)
@@ -95,7 +93,7 @@ def _draw_bars(ax, modifiers, colors, n_epoch):
     ax.set_yticks(range(len(modifiers)), [type(m).__name__.removesuffix('Modifier') for m in modifiers], fontsize='small')
     ax.set_ylim(len(modifiers)-.5, -.5)
 
-# %% ../nbs/31_plots.ipynb #3ca4e208
+# %% ../nbs/31_plots.ipynb #e51a95e0
 def plot_schedule(modifiers, # A `Recipe`, or a list of modifiers
                   n_epoch:float=None, # Epochs of training; default: until the last modifier ends
                   n_iter:int=100, # Batches in an epoch
@@ -107,7 +105,8 @@ def plot_schedule(modifiers, # A `Recipe`, or a list of modifiers
     if not modifiers: raise ValueError("plot_schedule: there are no modifiers to draw")
     if n_epoch is None: n_epoch = _default_epochs(modifiers)
     colors = {m:f'C{i%10}' for i,m in enumerate(modifiers)}
-    pruners,lrs = ([m for m in modifiers if hasattr(m, f)] for f in ('sparsity_at','lr_at'))
+    pruners,lrs = ([m for m in modifiers if hasattr(m, f)] for f in ('planned','lr_at'))
+    pruners = [m for m in pruners if m.planned(n_iter, n_epoch)]
     ax,panels = _panels(ax, [2.]*bool(pruners) + [1.4]*bool(lrs) + [.1+.25*len(modifiers)])
     if pruners: _draw_sparsity(panels[0], pruners, colors, n_epoch, n_iter)
     if lrs: _draw_lr(panels[-2], lrs, colors, n_epoch, n_iter, lr)

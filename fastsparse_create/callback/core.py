@@ -30,7 +30,7 @@ def _is_trusted(learn, params):
     known = all(type(cb).__module__.split('.')[0] in ('fastai','fastsparse_create') and type(cb) is not Callback for cb in learn.cbs)
     return known and all(id(p.param) in held for p in params) and keeps_zeros(learn.opt)
 
-# %% ../../nbs/10_callback.core.ipynb #f3358004
+# %% ../../nbs/10_callback.core.ipynb #10798193
 class MaskEnforcer(Callback):
     "Keeps masked weights and their momentum at 0, masks gradients, and reports the measured `sparsity`"
     order = 10.5  # gradients are complete and unscaled after MixedPrecision (10), and not yet clipped (11)
@@ -49,8 +49,9 @@ class MaskEnforcer(Callback):
 
     def refresh(self):
         "Take note of masks that were attached, changed or released"
-        self._params = [p for p in masked_params(self.model) if p.is_enforced]
-        self._measured = self.sparsity()
+        masked = masked_params(self.model)
+        self._params = [p for p in masked if p.is_enforced]
+        self._held = sum(int((~p.mask).sum()) for p in self._params)/max(1, sum(p.mask.numel() for p in masked))
 
     def _mask_all(self):
         mask_tensors([p.param for p in self._params], [p.mask for p in self._params])
@@ -81,7 +82,7 @@ class MaskEnforcer(Callback):
         for p in self._released: p.grad = None
 
     def after_batch(self):
-        if self.training and hasattr(self.learn, 'recorder'): self.learn.recorder.sparsities.append(self._measured)
+        if self.training and hasattr(self.learn, 'recorder'): self.learn.recorder.sparsities.append(self._held)
 
     def after_fit(self): self.learn.metrics = self._other_metrics()
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['Recipe', 'RecipeLength']
 
-# %% ../../nbs/22_recipe.compile.ipynb #e619b88b
+# %% ../../nbs/22_recipe.compile.ipynb #962fce4b
 import inspect
 from dataclasses import replace
 from fastai.basics import *
 from fastai.callback.schedule import *
 from ..callback.core import *
+from ..callback.dynamic_pruning import *
 from ..callback.learning_rate import *
 from ..callback.pruning import *
 from ..callback.training import *
@@ -18,9 +19,9 @@ from .expression import *
 from .loader import *
 from .parse import *
 
-# %% ../../nbs/22_recipe.compile.ipynb #d4252d98
-_sparseml = {f'{n}Modifier' for n in '''ACDCPruning ASReg Distillation LayerPruning LayerThinning MFACPruning MovementPruning OBSPruning
-    PerLayerDistillation Powerpropagation Quantization RigLPruning StructuredPruning TopKASTPruning'''.split()}
+# %% ../../nbs/22_recipe.compile.ipynb #f6cb9077
+_sparseml = {f'{n}Modifier' for n in '''ASReg Distillation LayerPruning LayerThinning MFACPruning MovementPruning OBSPruning
+    PerLayerDistillation Powerpropagation Quantization StructuredPruning TopKASTPruning'''.split()}
 
 def _class_of(m, place):
     if m.tag in modifiers: return modifiers[m.tag]
