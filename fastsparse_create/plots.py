@@ -16,9 +16,13 @@ from .recipe.compile import Recipe
 from .report import sparsity_report
 from .selection import *
 
-# %% ../nbs/31_plots.ipynb #a776f573
-def _panels(ax, heights, width=8., gap=.18):
-    "`ax`, or a new one, and panels in it that share their x-axis, of `heights` in inches, from the top"
+# %% ../nbs/31_plots.ipynb #28d8d0ae
+def stacked_panels(ax, # Axes to draw in, or None
+                   heights:list, # In inches, from the top
+                   width:float=8., # Of a new figure, in inches
+                   gap:float=.18, # Between panels, in inches
+                  ): # Axes, list of panels
+    "`ax`, or a new one, and panels in it that share their x-axis"
     total = sum(heights)+gap*(len(heights)-1)
     if ax is None: ax = plt.subplots(figsize=(width, total+.5), layout='constrained')[1]
     ax.axis('off')
@@ -32,11 +36,12 @@ def _panels(ax, heights, width=8., gap=.18):
         p.tick_params(labelbottom=p is panels[-1])
     return ax,panels
 
-def _as_percent(axis, ax):
+def as_percent(axis, ax):
+    "Label `axis` of `ax` from 0 to 100 %"
     axis.set_major_formatter(PercentFormatter(1, decimals=0))
     (ax.set_ylim if axis is ax.yaxis else ax.set_xlim)(0, 1.02)
 
-# %% ../nbs/31_plots.ipynb #4b755c1e
+# %% ../nbs/31_plots.ipynb #42efe09e
 def _span(m, n_epoch): return max(0, m.start_epoch),min(n_epoch, m.end_epoch if m.end_epoch>=0 else n_epoch)
 
 def _default_epochs(modifiers): return max(max(m.end_epoch, math.floor(m.start_epoch)+1, 1) for m in modifiers)
@@ -50,7 +55,7 @@ def _draw_sparsity(ax, pruners, colors, n_epoch, n_iter):
             ax.step(xs, ys, where='post', color=colors[m])
             ax.fill_between(xs, ys, step='post', color=colors[m], alpha=.07, lw=0)
             if m.leave_enabled: ax.plot([xs[-1],n_epoch], [ys[-1]]*2, color=colors[m], ls=':')
-    _as_percent(ax.yaxis, ax)
+    as_percent(ax.yaxis, ax)
     ax.set_ylabel('sparsity')
 
 def _rivals(a, b): return a.param_groups is None or b.param_groups is None or bool(set(a.param_groups) & set(b.param_groups))
@@ -93,7 +98,7 @@ def _draw_bars(ax, modifiers, colors, n_epoch):
     ax.set_yticks(range(len(modifiers)), [type(m).__name__.removesuffix('Modifier') for m in modifiers], fontsize='small')
     ax.set_ylim(len(modifiers)-.5, -.5)
 
-# %% ../nbs/31_plots.ipynb #e51a95e0
+# %% ../nbs/31_plots.ipynb #c33a42e8
 def plot_schedule(modifiers, # A `Recipe`, or a list of modifiers
                   n_epoch:float=None, # Epochs of training; default: until the last modifier ends
                   n_iter:int=100, # Batches in an epoch
@@ -107,7 +112,7 @@ def plot_schedule(modifiers, # A `Recipe`, or a list of modifiers
     colors = {m:f'C{i%10}' for i,m in enumerate(modifiers)}
     pruners,lrs = ([m for m in modifiers if hasattr(m, f)] for f in ('planned','lr_at'))
     pruners = [m for m in pruners if m.planned(n_iter, n_epoch)]
-    ax,panels = _panels(ax, [2.]*bool(pruners) + [1.4]*bool(lrs) + [.1+.25*len(modifiers)])
+    ax,panels = stacked_panels(ax, [2.]*bool(pruners) + [1.4]*bool(lrs) + [.1+.25*len(modifiers)])
     if pruners: _draw_sparsity(panels[0], pruners, colors, n_epoch, n_iter)
     if lrs: _draw_lr(panels[-2], lrs, colors, n_epoch, n_iter, lr)
     _draw_bars(panels[-1], modifiers, colors, n_epoch)
@@ -120,7 +125,7 @@ def plot(self:Recipe, n_epoch:float=None, n_iter:int=100, lr:float=defaults.lr, 
     "Draw what the recipe will do, see `plot_schedule`"
     return plot_schedule(self, n_epoch, n_iter, lr, ax)
 
-# %% ../nbs/31_plots.ipynb #32ad8bdf
+# %% ../nbs/31_plots.ipynb #aa3d71ff
 @patch
 def plot_sparsity(self:Recorder,
                   skip_start:int=5, # Batches to leave out of the loss
@@ -128,19 +133,34 @@ def plot_sparsity(self:Recorder,
                  ): # Axes
     "Draw loss, measured sparsity and learning rate of the last fit"
     if not getattr(self, 'sparsities', None): raise ValueError("plot_sparsity: no sparsity was recorded, as the last fit had no masks")
-    ax,panels = _panels(ax, [1.6,1.2,1.2])
+    ax,panels = stacked_panels(ax, [1.6,1.2,1.2])
     self.plot_loss(skip_start, ax=panels[0])
     panels[0].set(title='', xlabel='')
     panels[1].step(range(len(self.sparsities)), self.sparsities, where='post')
     panels[2].plot(self.lrs)
     panels[1].set_ylabel('sparsity')
     panels[2].set(ylabel='learning rate', xlabel='batch', ylim=(0,None))
-    _as_percent(panels[1].yaxis, panels[1])
+    as_percent(panels[1].yaxis, panels[1])
     return ax
 
-# %% ../nbs/31_plots.ipynb #e020642e
-_max_side = 256
+# %% ../nbs/31_plots.ipynb #dd8d36f5
+def pooled(kept:Tensor, # Boolean mask, dimension 0 is the output
+           max_side:int=256, # Pixels of a row or column
+          ): # Picture as a matrix, weights along each side of its pixels
+    "A mask as a matrix of which every element is the density of a small rectangle"
+    matrix = kept.float().reshape(len(kept), -1)
+    step = [-(-n//max_side) for n in matrix.shape]
+    return F.avg_pool2d(matrix[None], step, ceil_mode=True)[0],step
 
+def show_pixels(ax, image, step, shape, **kwargs):
+    "Show the `image` of a mask of `shape` on `ax`, with weights as its units"
+    rows,cols = shape[0],math.prod(shape[1:])
+    shown = ax.imshow(image, interpolation='nearest', aspect='auto', extent=(0, image.shape[1]*step[1], image.shape[0]*step[0], 0), **kwargs)
+    ax.set(xlim=(0,cols), ylim=(rows,0))
+    for axis in ax.xaxis,ax.yaxis: axis.set_major_locator(MaxNLocator('auto', integer=True))
+    return shown
+
+# %% ../nbs/31_plots.ipynb #f800cfe4
 def _kept(model, name):
     "The only weight called `name`, as `(name, shape, kept)`; dimension 0 of `kept` is the output"
     sites = select(model, name)
@@ -156,19 +176,14 @@ def plot_mask(model:nn.Module, # Any model
              ): # Axes
     "Draw which weights of a layer are kept"
     name,shape,kept = _kept(model, name)
-    kernel,matrix = kept.shape[2:],kept.float().reshape(len(kept), -1)
-    step = [-(-n//_max_side) for n in matrix.shape]
-    image = F.avg_pool2d(matrix[None], step, ceil_mode=True)[0]
+    (image,step),kernel = pooled(kept),kept.shape[2:]
     if ax is None: ax = plt.subplots(figsize=_size(*image.shape), layout='constrained')[1]
     is_density = max(step)>1
-    (h,w),(rows,cols) = image.shape,matrix.shape
-    shown = ax.imshow(image, cmap='Blues', vmin=0, vmax=image.max().item() if is_density else 1.3, interpolation='nearest', aspect='auto',
-                      extent=(0, w*step[1], h*step[0], 0))
-    ax.set(xlim=(0,cols), ylim=(rows,0), ylabel='output', xlabel=' × '.join(['input', *map(str, kernel)]))
-    for axis in ax.xaxis,ax.yaxis: axis.set_major_locator(MaxNLocator('auto', integer=True))
+    shown = show_pixels(ax, image, step, kept.shape, cmap='Blues', vmin=0, vmax=image.max().item() if is_density else 1.3)
+    ax.set(ylabel='output', xlabel=' × '.join(['input', *map(str, kernel)]))
     if is_density: ax.figure.colorbar(shown, ax=ax, label='density', fraction=.05, pad=.02, aspect=40)
-    else: _draw_cells(ax, rows, cols, math.prod(kernel))
-    ax.set_title(f"{name}  {'×'.join(map(str, shape))}  {1-matrix.mean().item():.1%} sparse", fontsize='medium')
+    else: _draw_cells(ax, *image.shape, math.prod(kernel))
+    ax.set_title(f"{name}  {'×'.join(map(str, shape))}  {1-kept.float().mean().item():.1%} sparse", fontsize='medium')
     return ax
 
 def _size(h, w, area=18.):
@@ -181,7 +196,7 @@ def _draw_cells(ax, rows, cols, kernel):
         ax.vlines(range(cols), 0, rows, color='w', lw=.6)
     if 1<kernel<cols and cols//kernel<=64: ax.vlines(range(0, cols, kernel), 0, rows, color='.4', lw=.6)
 
-# %% ../nbs/31_plots.ipynb #8e4ac5e9
+# %% ../nbs/31_plots.ipynb #b23d69f0
 def plot_sparsity_by_layer(model, # Any model, or a `Learner`
                            ax=None, # Axes to draw in; default: a new figure
                           ): # Axes
@@ -197,5 +212,5 @@ def plot_sparsity_by_layer(model, # Any model, or a `Learner`
     ax.set_yticks(range(len(rows)), [r.layer for r in rows], fontsize='small')
     ax.set_ylim(max(1, len(rows))-.5, -.5)
     ax.spines[['top','right']].set_visible(False)
-    _as_percent(ax.xaxis, ax)
+    as_percent(ax.xaxis, ax)
     return ax
