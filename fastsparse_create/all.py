@@ -22,5 +22,7 @@ from .recipe.expression import RecipeError
 from .recipe.compile import *
 from .recipe.generate import *
 from .report import *
+from .flops import *
 from .plots import *
+from .mask_plots import *
 from .export import *

@@ -5,15 +5,14 @@
 # %% auto #0
 __all__ = ['FlopsRow', 'FlopsReport', 'FlopsCounter']
 
-# %% ../nbs/32_flops.ipynb #2eba22ab
+# %% ../nbs/32_flops.ipynb #bec07e06
 from contextlib import ExitStack
 from dataclasses import asdict,dataclass
 from fastai.basics import *
 from .callback.core import *
 from .masking import *
-from .report import human,inference,text_table,html_table,bar_cell,watch_uses
+from .report import bar_cell,dense_name,dense_shape,html_table,human,inference,is_stored,text_table,watch_uses
 from .selection import *
-from .sparse.linear import SparseLinear
 
 # %% ../nbs/32_flops.ipynb #ac9c91ed
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ class _Cost:
         self.training[name] = [a+b for a,b in zip(self.training.get(name, (0,0,0)), costs)]
         self.inference[name] = [a+b for a,b in zip(self.inference.get(name, (0,0)), (dense,sparse))]
 
-# %% ../nbs/32_flops.ipynb #22dfd785
+# %% ../nbs/32_flops.ipynb #eb1e8f85
 class FlopsCounter(TrainingCallback):
     "Counts the FLOPs of training as a runtime that skips zeros would spend them, over all fits of a model; see `report`"
     order = 10.6  # modifiers (10.2) have changed masks, and MaskEnforcer (10.5) knows them
@@ -97,7 +96,7 @@ class FlopsCounter(TrainingCallback):
         model = unwrap_model(self.model)
         if model is not self._model: self._totals,self._batches,self._uses = {},[0,0],[]
         self._model,self._state = model,None
-        self._sites = {id(s.param):s for s in named_sites(model).values() if s.param.ndim>1 or _is_sparse(s)}
+        self._sites = {id(s.param):s for s in named_sites(model).values() if s.param.ndim>1 or is_stored(s)}
         self._askers = [cb for cb in self.learn.cbs if getattr(cb, 'needs_dense_grad', None) is not None]
 
     def _settle(self):
@@ -137,7 +136,7 @@ class FlopsCounter(TrainingCallback):
         for u in self._uses:
             site = self._sites.get(id(u.weight))
             if site and id(u.weight) not in self._kept: self._kept[id(u.weight)] = _connections(site, u)
-            cost.add(_name(site) if site else 'computed weights', u, self._kept[id(u.weight)] if site else u.n_inputs)
+            cost.add(dense_name(site) if site else 'computed weights', u, self._kept[id(u.weight)] if site else u.n_inputs)
         self._example = {name:[n//self._n for n in pair] for name,pair in cost.inference.items()}
         return cost
 
@@ -151,18 +150,12 @@ class FlopsCounter(TrainingCallback):
         "What was counted up to now"
         if self._model is not None: self._settle()
         if self._model is None or not sum(self._batches): raise ValueError("FlopsCounter: nothing was counted yet, train with it first")
-        described = {_name(s):(', '.join(dict.fromkeys(type(m).__name__ for m,_ in s.owners)),_shape(s)) for s in self._sites.values()}
+        described = {dense_name(s):(', '.join(dict.fromkeys(type(m).__name__ for m,_ in s.owners)),dense_shape(s)) for s in self._sites.values()}
         names = [*described, *(n for n in self._totals if n not in described)]
         rows = [FlopsRow(n, *described.get(n, ('',())), *self._totals[n], *self._example.get(n, (0,0))) for n in names if n in self._totals]
         return FlopsReport(rows, sum(self._batches), self._batches[1])
 
-# %% ../nbs/32_flops.ipynb #8bff2c19
-def _is_sparse(site): return isinstance(site.owners[0][0], SparseLinear) and site.owners[0][1]=='values'
-
-def _name(site): return site.name.removesuffix('values')+'weight' if _is_sparse(site) else site.name
-
-def _shape(site): return (site.owners[0][0].out_features,site.owners[0][0].in_features) if _is_sparse(site) else tuple(site.param.shape)
-
+# %% ../nbs/32_flops.ipynb #d5cb49af
 def _enforced_mask(site):
     module,attr = site.owners[0]
     return module._buffers.get(f'{attr}_mask') if module.__dict__.get('_masked', {}).get(attr) else None

@@ -124,7 +124,20 @@ def _one_example(learn):
     n_inp = getattr(learn.dls, 'n_inp', max(1, len(b)-1))
     return apply(lambda t: t[:1], tuple(b[:n_inp]))
 
-# %% ../nbs/30_report.ipynb #27ef96f9
+# %% ../nbs/30_report.ipynb #6025d498
+def is_stored(site):
+    "Are these the values of a `SparseLinear`, which holds no zeros?"
+    return type(site.owners[0][0]).__name__=='SparseLinear' and site.owners[0][1]=='values'
+
+def dense_name(site):
+    "The name that the weight of `site` has in a dense model"
+    return site.name.removesuffix('values')+'weight' if is_stored(site) else site.name
+
+def dense_shape(site):
+    "The shape that the weight of `site` has in a dense model"
+    return (site.owners[0][0].out_features,site.owners[0][0].in_features) if is_stored(site) else tuple(site.param.shape)
+
+# %% ../nbs/30_report.ipynb #6a8dfaa4
 @dataclass(frozen=True)
 class SparsityRow:
     "What a report says of one weight, or of several together"
@@ -145,8 +158,9 @@ def _sum_rows(name, rows, flops):
 
 def _as_row(site, flops):
     types = dict.fromkeys(type(m).__name__ for m,_ in site.owners)
-    zeros = site.param.numel()-site.param.count_nonzero().item()
-    return SparsityRow(site.name, ', '.join(types), tuple(site.param.shape), site.param.numel(), zeros, *flops.get(site.param, (None,None)))
+    shape = dense_shape(site)
+    zeros = math.prod(shape)-site.param.count_nonzero().item()
+    return SparsityRow(dense_name(site), ', '.join(types), shape, math.prod(shape), zeros, *flops.get(site.param, (None,None)))
 
 # %% ../nbs/30_report.ipynb #ed143d74
 def human(n):
@@ -240,7 +254,7 @@ class SparsityReport:
 
 _df_columns = ['layer','type','shape','parameters','zeros','sparsity','flops','sparse_flops']
 
-# %% ../nbs/30_report.ipynb #898bc00d
+# %% ../nbs/30_report.ipynb #7f1aafe6
 def sparsity_report(model, # Any model, or a `Learner`
                     xb=None, # Counts FLOPs for it: a batch, a tuple of inputs, or a shape; default with a `Learner`: an example of its training set
                    )->SparsityReport:
@@ -250,7 +264,8 @@ def sparsity_report(model, # Any model, or a `Learner`
     model = unwrap_model(model)
     flops = {} if xb is None else _count_flops(model, _as_inputs(model, xb))
     listed = {*prunable(model), *(p.name for p in masked_params(model))}
-    everything = {n:_as_row(s, flops) for n,s in named_sites(model).items()}
-    rows = [r for n,r in everything.items() if n in listed]
+    sites = named_sites(model)
+    everything = {n:_as_row(s, flops) for n,s in sites.items()}
+    rows = [r for n,r in everything.items() if n in listed or is_stored(sites[n])]
     counted = [(r.flops,r.sparse_flops) for r in rows if r.flops is not None]
     return SparsityReport(rows, _sum_rows('prunable weights', rows, counted), _sum_rows('whole model', everything.values(), list(flops.values())))

@@ -87,6 +87,14 @@ def test_stored_sparsely_costs_the_same():
     assert stored.rows[1].type=='SparseLinear' and stored.rows[1].training_ratio<.6
     assert (stored.batches,stored.dense_batches)==(masked.batches,masked.dense_batches)
 
+def test_report_of_what_is_stored_sparsely():
+    model = half(mlp())
+    before = sparsity_report(model, (3,4))
+    sparse_layers_(model, .4, 1, params=['2.weight'])
+    after = sparsity_report(model, (3,4))
+    assert [replace(r, type='') for r in after.rows]==[replace(r, type='') for r in before.rows]
+    assert (after.prunable,after.model)==(before.prunable,before.model)
+
 def test_swapped_between_fits():
     learn,one = counted(model=half(mlp()))
     sparse_layers_(learn.model, .4, 1, params=['2.weight'])
