@@ -83,7 +83,7 @@ class _Cost:
         self.training[name] = [a+b for a,b in zip(self.training.get(name, (0,0,0)), costs)]
         self.inference[name] = [a+b for a,b in zip(self.inference.get(name, (0,0)), (dense,sparse))]
 
-# %% ../nbs/32_flops.ipynb #eb1e8f85
+# %% ../nbs/32_flops.ipynb #e925c630
 class FlopsCounter(TrainingCallback):
     "Counts the FLOPs of training as a runtime that skips zeros would spend them, over all fits of a model; see `report`"
     order = 10.6  # modifiers (10.2) have changed masks, and MaskEnforcer (10.5) knows them
@@ -95,7 +95,7 @@ class FlopsCounter(TrainingCallback):
         self._settle()
         model = unwrap_model(self.model)
         if model is not self._model: self._totals,self._batches,self._uses = {},[0,0],[]
-        self._model,self._state = model,None
+        self._model,self._state,self._costs = model,None,{}
         self._sites = {id(s.param):s for s in named_sites(model).values() if s.param.ndim>1 or is_stored(s)}
         self._askers = [cb for cb in self.learn.cbs if getattr(cb, 'needs_dense_grad', None) is not None]
 
@@ -107,7 +107,7 @@ class FlopsCounter(TrainingCallback):
                 total[0] += dense*sum(cost.n)
                 total[1] += sparse*cost.n[0] + with_dense*cost.n[1]
             self._batches = [a+b for a,b in zip(self._batches, cost.n)]
-        self._costs = {}
+            cost.n = [0,0]
 
     def before_batch(self):
         self._watch.close()
@@ -118,7 +118,7 @@ class FlopsCounter(TrainingCallback):
 
     def _changed(self, state):
         self._settle()
-        self._state,self._kept = state,{}
+        self._state,self._kept,self._costs = state,{},{}
 
     def _watch_pass(self):
         self._uses,self._n = self._watch.enter_context(watch_uses(self._model)),find_bs(self.xb)

@@ -113,6 +113,14 @@ def test_epochs_and_fits_add_up():
     assert column(three, 'inference')==column(one, 'inference')
     assert three.batches==12
 
+@pytest.mark.parametrize('event', ['after_pred','after_loss','before_step','after_batch'])
+def test_reports_in_the_midst_of_training(event):
+    reports = Note(event, lambda cb: cb.learn.flops_counter.report().batches if cb.iter else 0)
+    _,report = counted(2, [reports], model=half(mlp()))
+    ahead = event in ('before_step','after_batch')
+    assert [n for n in reports.notes if n]==[n+ahead for n in (1,2,3,5,6,7)]
+    assert report.total.sparse_training==2*counted(model=half(mlp()))[1].total.sparse_training
+
 def test_another_model_starts_anew():
     learn,one = counted()
     other = tiny_learner(cbs=learn.flops_counter)
