@@ -67,7 +67,7 @@ class _SparseProduct(torch.autograd.Function):
         if ctx.needs_input_grad[2]: dbias = g.sum(1)
         return dx,dvalues,dbias,None,None
 
-# %% ../../nbs/05a_sparse.linear.ipynb #a16d2bbb
+# %% ../../nbs/05a_sparse.linear.ipynb #f229546f
 _dtypes = torch.float32,torch.float64
 
 class SparseLinear(nn.Module):
@@ -91,7 +91,7 @@ class SparseLinear(nn.Module):
         self.register_parameter('values', nn.Parameter(weight.detach()[mask]))
         self.register_parameter('bias', bias)
         self.collected = None
-        self._index(mask.flatten().nonzero().squeeze(1))
+        self._index(_where(mask))
 
     @classmethod
     def from_linear(cls,
@@ -151,7 +151,7 @@ class SparseLinear(nn.Module):
     def weight(self)->Tensor:
         "A dense copy of the weights, with gradients to `values`"
         zeros = self.values.new_zeros(self.out_features*self.in_features)
-        return zeros.index_put((self.positions,), self.values).view(self.out_features, self.in_features)
+        return zeros.index_put_((self.positions,), self.values).view(self.out_features, self.in_features)
 
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type): x = x.to(self.values.dtype)
@@ -174,9 +174,14 @@ class SparseLinear(nn.Module):
         n = self.in_features*self.out_features
         return f"in_features={self.in_features}, out_features={self.out_features}, connections={len(self.values):,} of {n:,}, bias={self.bias is not None}"
 
-def _starts(sorted_or_not, n):
+def _where(mask):
+    "The sorted positions of what is True, in the flattened `mask`"
+    flat = mask.flatten()
+    return torch.from_numpy(flat.numpy().nonzero()[0]) if flat.device.type=='cpu' else flat.nonzero().squeeze(1)  # three times as fast
+
+def _starts(groups, n):
     "Where each of `n` groups starts, given the group of each element"
-    counts = torch.bincount(sorted_or_not, minlength=n)
+    counts = torch.bincount(groups, minlength=n)
     return F.pad(counts.cumsum(0), (1,0)).int()
 
 def _check_dtype(where, dtype):
@@ -201,7 +206,7 @@ def resize_(t:Tensor, # Parameter or optimizer state to change
     t.data = data.new_empty(0, dtype=torch.float16)  # another dtype makes autograd forget the size that it expects of gradients
     t.data = data
 
-# %% ../../nbs/05a_sparse.linear.ipynb #eb4f5a12
+# %% ../../nbs/05a_sparse.linear.ipynb #567dc1d7
 @dataclass(eq=False)
 class SparseParam:
     "The weight of a `SparseLinear` layer as a dense tensor with a mask; its elements are made when they are asked for"
@@ -233,9 +238,8 @@ class SparseParam:
         "Make `mask` the connections: what is new starts at 0 and without momentum, what stays is not touched"
         layer,shape = self.layer,(self.layer.out_features,self.layer.in_features)
         if mask.shape!=shape: raise ValueError(f"{self.name}: a mask of shape {tuple(mask.shape)} doesn't fit {shape}")
-        old,was,mask = layer.positions,layer.mask.flatten(),mask.flatten()
-        new = mask.nonzero().squeeze(1)
-        stays,is_old = mask[old],was[new]
+        old,new = layer.positions,_where(mask)
+        stays,is_old = mask.flatten()[old],layer.mask.flatten()[new]
         def moved(t): return t.new_zeros(len(new)).masked_scatter_(is_old, t[stays])
         values,grad,slots = layer.values,layer.values.grad,[] if opt is None else optimizer_slots(opt, layer.values)
         values.grad = None
