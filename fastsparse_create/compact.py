@@ -148,7 +148,7 @@ def _shrink(chain):
     _resize(chain.layer), _resize(chain.next)
     return int((gone & no_inputs).sum()),int((gone & no_outputs).sum())
 
-# %% ../nbs/62_compact.ipynb #955600d4
+# %% ../nbs/62_compact.ipynb #799f3c57
 @dataclass
 class CompactedLayer:
     "What `compact` did with the outputs of a layer"
@@ -170,17 +170,21 @@ def compact(model:nn.Module, # Any model; it isn't changed
     after = deepcopy(before.eval()).double()
     try: chains = _chains(after)
     except Exception as e: return _in_modes(before, modes),LayerReport([], f"nothing removed, the model can't be traced: {type(e).__name__}: {e}")  # models raise anything
-    inputs = _random_inputs(chains, after, xb)
-    expected = _outputs(before, inputs)
     rows = [CompactedLayer(c.name, len(c.layer.weight), 0, 0, len(c.layer.weight), c.reason or 'nothing to remove') for c in chains]
-    while any([_record(row, _shrink(c)) for c,row in zip(chains, rows) if not c.reason]): pass
-    change = largest_difference(_outputs(after, inputs), expected)
-    if not change<1e-9:
-        after = deepcopy(before)
-        for row in rows:
-            if row.status=='compacted': row.no_inputs,row.no_outputs,row.left,row.status = 0,0,row.units,f"rolled back: outputs changed by {change:.1e}"
+    if any(not c.reason for c in chains): after = _compacted(before, after, chains, rows, xb)
     n,left = (sum(p.numel() for p in m.parameters()) for m in (before,after))
     return _in_modes(_like(after, before), modes),LayerReport(rows, f"{left:,} of {n:,} parameters left")
+
+def _compacted(before, after, chains, rows, xb):
+    "`after` with what its `chains` can do without removed; or a copy of `before`, if that changed its outputs"
+    inputs = _random_inputs(chains[0].layer, xb)
+    expected = _outputs(before, inputs)
+    while any([_record(row, _shrink(c)) for c,row in zip(chains, rows) if not c.reason]): pass
+    change = largest_difference(_outputs(after, inputs), expected)
+    if change<1e-9: return after
+    for row in rows:
+        if row.status=='compacted': row.no_inputs,row.no_outputs,row.left,row.status = 0,0,row.units,f"rolled back: outputs changed by {change:.1e}"
+    return deepcopy(before)
 
 def _like(model, other):
     "Give the tensors of `model` the dtypes that those of `other` have"
@@ -199,15 +203,12 @@ def _in_modes(model, modes):
     for n,m in model.named_modules(): m.training = modes[n]
     return model
 
-def _random_inputs(chains, model, xb):
-    "Random tensors like `xb`, in double precision"
-    if xb is None:
-        first = chains[0].layer if chains else None
-        if type(first) is nn.Linear: xb = torch.empty(16, first.in_features)
-        elif type(first) in _convs: xb = torch.empty(2, first.in_channels, *[32]*len(first.kernel_size))
-        else: raise ValueError("compact: give an example of the model's input as xb")
-    g,like = torch.Generator().manual_seed(0),next(model.parameters(), torch.empty(0))
-    def drawn(x): return torch.randn(x.shape, generator=g, dtype=torch.float64).to(like.device) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+def _random_inputs(first, xb):
+    "Random tensors like `xb`, or such as the layer `first` takes, in double precision"
+    if xb is None and type(first) is nn.Linear: xb = torch.empty(16, first.in_features)
+    if xb is None: xb = torch.empty(2, first.in_channels, *[32]*len(first.kernel_size))
+    g = torch.Generator().manual_seed(0)
+    def drawn(x): return torch.randn(x.shape, generator=g, dtype=torch.float64).to(first.weight.device) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
     return [drawn(x) for x in (xb if type(xb) in (tuple,list) else [xb])]
 
 def _outputs(model, inputs):

@@ -4,6 +4,9 @@ import torch.nn.functional as F
 from copy import deepcopy
 from hypothesis import given,strategies as st
 from fastsparse_create.masking import *
+from fastsparse_create.compact import *
+from fastsparse_create.sparse import inference
+from fastsparse_create.sparse.inference import *
 from fastsparse_create.sparse.linear import *
 from fastsparse_create.sparsify import *
 from utils import *
@@ -269,3 +272,164 @@ def test_tensor_subclasses():
     torch.testing.assert_close(sparse(x), layer(x))
     CrossEntropyLossFlat()(sparse(x), TensorCategory(torch.tensor([0,1,2]))).backward()
     assert sparse.values.grad is not None
+
+def wide(n=512, sparsity=.97):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(n,n), nn.ReLU(), nn.Linear(n,n), nn.ReLU(), nn.Linear(n,4))
+    sparsify_model(model, sparsity, ['0.weight','2.weight'])
+    return model
+
+def mixed():
+    "Layers of all kinds, each 90 % zeros"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3,8,3,2,1), nn.ReLU(), nn.Conv2d(8,16,1), nn.Conv2d(16,16,1,stride=2), nn.Conv2d(16,16,3,dilation=2,bias=False), nn.Conv2d(16,16,3,padding=1,groups=2),
+                          nn.Conv2d(16,16,3,padding='same'), nn.Conv2d(16,8,(1,3),padding=(0,1)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,4))
+    sparsify_model(model, .9)
+    return model
+
+@pytest.mark.parametrize('slow', ['dense','sparse'])
+def test_inference_decides_by_time(monkeypatch, slow):
+    "Every layer is swapped if all sparse kernels are faster, none if they are slower, and outputs stay"
+    monkeypatch.setattr(inference, '_fastest', lambda candidates, n: {k:10. if (k=='dense')==(slow=='dense') else 1. for k in candidates})
+    for model,x in ((mixed(),torch.randn(2,3,33,33)), (wide(64),torch.randn(5,64)), (wide(64),torch.randn(2,3,64))):
+        before = weights(model)
+        fast,report = to_sparse_inference(model, x, min_sparsity=.5)
+        assert same(before, weights(model)) and model.training and not fast.training
+        torch.testing.assert_close(fast(x), model.eval()(x), rtol=1e-5, atol=1e-6)
+        other = torch.cat([x,x+1])
+        torch.testing.assert_close(fast(other), model(other), rtol=1e-5, atol=1e-6)
+        kept = [r for r in report.rows if r.status in ('embedding bag','CSR')]
+        assert bool(kept)==(slow=='dense') and not any(p.requires_grad for p in fast.parameters())
+    assert {'no sparse kernel for this Conv2d'}<={r.status for r in to_sparse_inference(mixed(), torch.randn(2,3,33,33))[1].rows}
+
+def test_inference_rolls_back(monkeypatch):
+    "What changes outputs becomes dense again, by itself or as part of the model"
+    monkeypatch.setattr(inference, '_fastest', lambda candidates, n: {k:10. if k=='dense' else 1. for k in candidates})
+    model,x = wide(64),torch.randn(5,64)
+    fast,report = to_sparse_inference(model, x, tol=0.)
+    assert torch.equal(fast(x), model(x))
+    worst = iter([1.,float('nan'),0.])
+    monkeypatch.setattr(inference, 'largest_difference', lambda a,b: next(worst) if isinstance(b, torch.Tensor) else 0.)
+    fast,report = to_sparse_inference(model, x)
+    assert sum('rolled back' in r.status for r in report.rows)==2 and not sparse_params(fast) and torch.equal(fast(x), model(x))
+
+def test_inference_measures():
+    model,x = wide(),torch.randn(64,512)
+    fast,report = to_sparse_inference(model, x)
+    for r in report.rows:
+        if r.status in ('embedding bag','CSR'): assert r.sparse_ms<.9*r.dense_ms and r.input=='64×512'
+    assert report.rows[2].status=='sparsity below 0.5' and report.rows[2].dense_ms is None
+    assert largest_difference(fast(x), model(x))<1e-5
+    assert {'layer','input','dense_ms','sparse_ms','status'}<set(report.to_df().columns) and 'layers sparse' in repr(report)
+
+def test_inference_of_sparse_layers():
+    model,x = wide(),torch.randn(8,512)
+    sparse_layers_(model)
+    fast,_ = to_sparse_inference(model, x)
+    assert len(sparse_params(model))==2 and largest_difference(fast(x), model(x))<1e-5
+
+def test_inference_unused_and_shared():
+    class M(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.unused = nn.Linear(8,8),nn.Linear(8,8)
+            self.b = nn.Linear(8,8)
+            self.b.weight = self.a.weight
+        def forward(self, x, scale): return {'out':self.b(self.a(x))*scale, 'n':3}
+    model = M()
+    sparsify_model(model, .9)
+    fast,report = to_sparse_inference(model, (torch.randn(2,8), torch.tensor(2.)))
+    assert [r.status for r in report.rows]==['shared by several layers','not used by the example']
+
+@given(sizes=st.lists(st.integers(1,12), min_size=2, max_size=5), density=st.floats(0,.6), norm=st.booleans(), act=st.sampled_from([nn.ReLU,nn.Sigmoid,nn.GELU,nn.Identity]),
+       bias=st.booleans(), seed=st.integers(0,999))
+def test_compact_is_exact(sizes, density, norm, act, bias, seed):
+    torch.manual_seed(seed)
+    layers = []
+    for i,o in zip(sizes, sizes[1:]): layers += [nn.Linear(i,o,bias=bias), *([nn.BatchNorm1d(o)] if norm else []), act(), nn.Dropout(.5)]
+    model = nn.Sequential(*layers[:-3 if norm else -2]).eval()
+    with torch.no_grad():
+        for m in model:
+            if isinstance(m, nn.Linear): m.weight.mul_(torch.rand(m.weight.shape)<density)
+            if isinstance(m, nn.BatchNorm1d):
+                for t in (m.weight,m.bias,m.running_mean): t.normal_()
+                m.running_var.uniform_(.5, 2)
+    small,report = compact(model)
+    x = torch.randn(7, sizes[0], dtype=torch.float64)
+    assert largest_difference(deepcopy(small).double()(x), deepcopy(model).double()(x))<1e-5
+    torch.testing.assert_close(small(x.float()), model(x.float()), rtol=1e-4, atol=1e-5)
+    hidden = [m for m in small if isinstance(m, nn.Linear)]
+    assert not any('rolled back' in r.status for r in report.rows) and [r.left for r in report.rows]==[m.out_features for m in hidden]
+    for a,b in zip(hidden, hidden[1:]):
+        assert a.out_features==b.in_features==len(a.weight)
+        if a.out_features>1: assert a.weight.any(1).all() and b.weight.any(0).all()
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.c,self.d = nn.Linear(6,8),nn.Linear(8,8),nn.Linear(8,8),nn.Linear(8,3)
+    def forward(self, x):
+        x = F.relu(self.a(x))
+        return self.d(x+self.c(torch.tanh(self.b(x))))
+
+def test_compact_stops_at_what_it_does_not_know():
+    model = Residual()
+    with torch.no_grad():
+        for m in (model.a,model.b,model.c): m.weight[:3] = 0
+    small,report = compact(model)
+    status = {r.layer:r.status for r in report.rows}
+    assert status=={'a':'read in 2 places', 'b':'compacted', 'c':'add may mix units', 'd':'an output of the model'}
+    assert small.b.out_features==5 and model.b.out_features==8
+    x = torch.randn(4,6)
+    torch.testing.assert_close(small(x), model(x))
+
+@pytest.mark.parametrize('build,status', [
+    (lambda: [nn.Linear(6,8), nn.LayerNorm(8), nn.Linear(8,2)], 'LayerNorm 1 may mix units'),
+    (lambda: [nn.Linear(6,8), nn.Softmax(1), nn.Linear(8,2)], 'Softmax 1 may mix units'),
+    (lambda: [nn.Linear(6,8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8,2)], 'BatchNorm1d 1 may mix units'),
+    (lambda: (lambda l: [nn.Linear(6,8), l, nn.ReLU(), l])(nn.Linear(8,8)), '1 is used several times')])
+def test_compact_reasons(build, status):
+    model = nn.Sequential(*build())
+    with torch.no_grad(): model[0].weight[:3] = 0
+    small,report = compact(model)
+    assert report.rows[0].status==status and same(weights(small), weights(model))
+
+def conv_chain(padding_mode='zeros', padding=1, pool=nn.MaxPool2d(2)):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3,8,3,padding=1,bias=False), nn.BatchNorm2d(8), nn.PReLU(8), pool, nn.Conv2d(8,6,3,padding=padding,padding_mode=padding_mode), nn.ReLU(),
+                          nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24,2))
+    with torch.no_grad():
+        model[1].bias.normal_(), model[1].running_mean.normal_()
+        model[0].weight[:2] = 0
+        model[4].weight[:,4:5] = 0
+        model[4].weight[3] = 0
+        model[8].weight[:,16:20] = 0
+    return model.eval()
+
+@pytest.mark.parametrize('kwargs,left', [({},[7,4]), (dict(padding=0),[5,4]), (dict(padding_mode='reflect'),[5,4]), (dict(pool=nn.AvgPool2d(2)),[7,4]), (dict(pool=nn.AvgPool2d(3,1,1)),[8,4])])
+def test_compact_convolutions(kwargs, left):
+    model,x = conv_chain(**kwargs),torch.randn(2,3,16,16)
+    small,report = compact(model, x)
+    assert [r.left for r in report.rows[:2]]==left, report
+    torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
+
+def test_compact_keeps_what_it_is_not_about():
+    model = nn.Sequential(nn.Linear(6,8), nn.ReLU(), nn.Linear(8,2), nn.Dropout())
+    sparsify_model(model, .9)
+    model[2].weight.requires_grad_(False)
+    model[1].eval()
+    small,_ = compact(model)
+    assert not masked_params(small) and masked_params(model)
+    assert [m.training for m in small.modules()]==[m.training for m in model.modules()] and not small[2].weight.requires_grad
+    sparse_layers_(model, .5, 0)
+    assert len(sparse_params(model))==2 and not sparse_params(compact(model)[0])
+
+def test_compact_says_what_it_needs():
+    with pytest.raises(ValueError, match='as xb'): compact(nn.Sequential(nn.Embedding(5,4), nn.Linear(4,3), nn.Linear(3,2)))
+    with pytest.raises(ValueError, match='as xb'): compact(conv_chain(), torch.randn(2,4,16,16))
+    small,report = compact(nn.Sequential(nn.Embedding(5,4), nn.Linear(4,3), nn.Linear(3,2)), torch.tensor([1,2]))
+    assert len(report.rows)==2
+    class Dynamic(nn.Module):
+        def forward(self, x): return x if x.sum()>0 else -x
+    assert "can't be traced" in repr(compact(Dynamic())[1])
+    assert repr(compact(nn.Linear(3,2))[1])
