@@ -12,6 +12,7 @@ from fastsparse_create.callback.pruning import *
 from fastsparse_create.callback.training import *
 from fastsparse_create.create.manager import *
 from fastsparse_create.recipe.compile import Recipe
+from fastsparse_create.sparse.linear import *
 
 n_iter,n_epoch = 8,4
 sgd,adam = partial(torch.optim.SGD, lr=.05, momentum=.9, weight_decay=1e-3),partial(torch.optim.Adam, lr=.01, weight_decay=1e-3)
@@ -87,6 +88,10 @@ def some_zeros(model):
 
 def masked(model): sparsify_model(model, .6)
 
+def stored_sparsely(model):
+    sparsify_model(model, .6)
+    sparse_layers_(model, .5, 0)
+
 cases = dict(
     nothing       = lambda: [],
     gmp           = lambda: [GMPruningModifier(.05, .8, .5, 3., .25)],
@@ -125,10 +130,19 @@ def test_equals_fit(name, opt_func):
     assert_equal_epochs(fitted, looped)
     if name in ('gmp','rigl','set','snfs'): assert fitted[-1]['2.weight_mask'].sum()<150
 
+dynamic = dict(rigl=lambda: [RigL(every=3)], set=lambda: [SET(every=3)], snfs=lambda: [SNFS(every=5, num_grads=3)])
+
 @pytest.mark.parametrize('name', ['nothing','rigl','set','snfs','constant','lr_function'])
 def test_equals_fit_with_sparsify_model(name):
-    cbs = {'rigl':lambda: [RigL(every=3)], 'set':lambda: [SET(every=3)], 'snfs':lambda: [SNFS(every=5, num_grads=3)]}.get(name, cases[name])
+    cbs = {**cases, **dynamic}[name]
     assert_equal_epochs(by_fit(sgd, cbs, prepare=masked), by_loop(sgd, cbs, prepare=masked))
+
+@pytest.mark.parametrize('opt_func', [sgd,adam], ids=['sgd','adam'])
+@pytest.mark.parametrize('name', dynamic)
+def test_layers_that_are_stored_sparsely(name, opt_func):
+    seen = by_loop(opt_func, dynamic[name], prepare=stored_sparsely)
+    assert not torch.equal(seen[0]['2.col_indices'], seen[2]['2.col_indices'])
+    assert_equal_epochs(by_fit(opt_func, dynamic[name], prepare=stored_sparsely), seen)
 
 @pytest.mark.parametrize('opt_func', [partial(torch.optim.AdamW, lr=.01), partial(torch.optim.RMSprop, lr=.001, momentum=.9), partial(torch.optim.Adam, lr=.01, fused=True),
                                       partial(torch.optim.SGD, lr=.05, nesterov=True, momentum=.9)])
@@ -465,10 +479,17 @@ def test_unmanaged_loop_is_not_changed():
 
 @pytest.mark.parametrize('at,first', [(1,'model'), (8,'manager'), (13,'manager'), (16,'model'), (21,'model'), (30,'manager')])
 @pytest.mark.parametrize('name', [n for n in cases if n!='clip'])
-def test_resumed(name, at, first):
-    prepare,opt_func = some_zeros if name=='constant' else noop,sgd if at%2 else adam
+def test_resumed(name, at, first): assert_resumes(cases[name], at, first, some_zeros if name=='constant' else noop)
+
+@pytest.mark.parametrize('at,first', [(7,'model'), (10,'manager'), (16,'manager')])
+@pytest.mark.parametrize('name', dynamic)
+@pytest.mark.parametrize('prepare', [masked,stored_sparsely])
+def test_resumed_with_masks_of_before(prepare, name, at, first): assert_resumes(dynamic[name], at, first, prepare)
+
+def assert_resumes(cbs, at, first, prepare):
+    opt_func = sgd if at%2 else adam
     stream = [b for _ in range(n_epoch) for b in batches()]
-    model,opt,manager = managed(opt_func, cases[name], prepare=prepare)
+    model,opt,manager = managed(opt_func, cbs, prepare=prepare)
     plain_steps(model, opt, stream[:at])
     file = io.BytesIO()
     torch.save(dict(model=model.state_dict(), opt=opt.state_dict(), manager=manager.state_dict()), file)
@@ -477,7 +498,7 @@ def test_resumed(name, at, first):
 
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    again,opt2,manager2 = managed(opt_func, cases[name], prepare=prepare)
+    again,opt2,manager2 = managed(opt_func, cbs, prepare=prepare)
     if first=='manager': manager2.load_state_dict(saved['manager'])
     again.load_state_dict(saved['model'])
     opt2.load_state_dict(saved['opt'])
