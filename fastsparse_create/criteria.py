@@ -9,7 +9,7 @@ __all__ = ['magnitude', 'random_scores', 'gradient', 'seeded']
 import torch,zlib
 from torch import Tensor
 
-# %% ../nbs/04_criteria.ipynb #8ead8509
+# %% ../nbs/04_criteria.ipynb #4d04061e
 def magnitude(param:Tensor, # Any parameter
               **_)->Tensor: # Scores of its shape
     "The weight's absolute value"
@@ -26,6 +26,8 @@ def gradient(param:Tensor, # Any parameter
              **_)->Tensor: # Scores of its shape
     "The gradient's absolute value: how fast the loss falls if the weight may move ([RigL](https://arxiv.org/abs/1911.11134))"
     return grad.abs()
+
+magnitude.is_elementwise = gradient.is_elementwise = True
 
 # %% ../nbs/04_criteria.ipynb #64c77b8b
 def seeded(*key, # Numbers and names: a seed, a step, a layer...

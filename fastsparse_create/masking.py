@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .masks.core import *
 from .selection import *
 
-# %% ../nbs/05_masking.ipynb #0c97b12e
+# %% ../nbs/05_masking.ipynb #f685c52f
 logger = logging.getLogger('fastsparse_create')
 _bits,_widths = WeakTensorKeyDictionary(),{1:torch.int8, 2:torch.int16, 4:torch.int32, 8:torch.int64}
 
@@ -28,10 +28,21 @@ def _mask_bits(mask, like):
     key = mask._version,like.dtype,like.device,like.stride()
     cached = _bits.get(mask)
     if cached is None or cached[0]!=key or not _is_current(mask, cached[2]):
-        bits = torch.empty_like(like, dtype=_widths[like.element_size()], requires_grad=False).copy_(mask).neg_()
+        bits = cached[1] if cached and cached[0][1:]==key[1:] else torch.empty_like(like, dtype=_widths[like.element_size()], requires_grad=False)
+        bits.copy_(mask.view(torch.int8).neg())
         cached = key,bits,mask.clone() if _is_distributed() else None
         _bits[mask] = cached
     return cached[1]
+
+def _flip(mask, indices):
+    "Negate `mask` at some `indices`, and what is cached of it"
+    cached = _bits.get(mask)
+    is_usable = cached is not None and cached[0][0]==mask._version and cached[2] is None
+    mask.view(-1)[indices] = ~mask.view(-1)[indices]
+    if not is_usable: return
+    key,bits,_ = cached
+    bits.view(-1)[indices] = ~bits.view(-1)[indices]
+    _bits[mask] = (mask._version,*key[1:]),bits,None
 
 def _is_distributed(): return torch.distributed.is_available() and torch.distributed.is_initialized()
 
@@ -47,7 +58,7 @@ def mask_tensors(tensors:list, # Tensors to change in place
         t = t.data  # masking what is masked already must not invalidate graphs that wait for their backward pass
         t.view(_widths[t.element_size()]).bitwise_and_(_mask_bits(m, t))
 
-# %% ../nbs/05_masking.ipynb #84bcd534
+# %% ../nbs/05_masking.ipynb #4d0aaea2
 @dataclass(eq=False)
 class MaskedParam:
     "A parameter with its mask; `owners` are the `(module, attribute)` pairs that hold them"
@@ -76,8 +87,21 @@ class MaskedParam:
                opt=None, # fastai or PyTorch optimizer
               ):
         "Make `mask` the connections: what is new starts at 0 and without momentum, what stays is not touched"
-        set_mask(self, mask)
-        if opt is not None: mask_optimizer(opt, [self])
+        if mask.shape!=self.param.shape: raise ValueError(f"{self.name}: a mask of shape {tuple(mask.shape)} doesn't fit {tuple(self.param.shape)}")
+        masks = {id(b):b for b in (m._buffers[f'{a}_mask'] for m,a in self.owners)}.values()
+        held = [self.param.data, *([] if opt is None else optimizer_slots(opt, self.param))]
+        changed = _few_changes(self.mask, mask, held)
+        if changed is None:
+            for m in masks: m.copy_(mask)
+            return mask_tensors(held, [self.mask]*len(held))
+        for t in held: t.view(-1)[changed] = 0
+        for m in masks: _flip(m, changed)
+
+def _few_changes(old, new, held):
+    "Indices at which masks differ; None if a pass over all that is `held` is cheaper, or the only way"
+    if old.is_cuda or not all(t.is_contiguous() for t in [old, new, *held]): return
+    changed = np.not_equal(old.numpy(), new.numpy()).ravel()
+    if np.count_nonzero(changed)*32<changed.size: return torch.from_numpy(np.flatnonzero(changed))
 
 def _masked(module):
     "Attribute of each masked parameter of `module` -> is its mask enforced?"

@@ -6,13 +6,14 @@
 __all__ = ['modifiers', 'keeps_zeros', 'MaskEnforcer', 'TrainingCallback', 'Modifier', 'check_number', 'check_bool',
            'check_params', 'check_choice']
 
-# %% ../../nbs/10_callback.core.ipynb #5d186377
+# %% ../../nbs/10_callback.core.ipynb #194a010a
 import inspect,math
 from difflib import get_close_matches
 from fastai.basics import *
 from fastai.callback.schedule import ParamScheduler,SkipToEpoch
 from ..masking import *
 from ..schedule import *
+from ..sparse.linear import *
 
 # %% ../../nbs/10_callback.core.ipynb #26a48d15
 _zero_preserving = {'SGD','Adam','AdamW','NAdam','RAdam','Adamax','RMSprop','Adagrad','Adadelta'}
@@ -30,7 +31,7 @@ def _is_trusted(learn, params):
     known = all(type(cb).__module__.split('.')[0] in ('fastai','fastsparse_create') and type(cb) is not Callback for cb in learn.cbs)
     return known and all(id(p.param) in held for p in params) and keeps_zeros(learn.opt)
 
-# %% ../../nbs/10_callback.core.ipynb #10798193
+# %% ../../nbs/10_callback.core.ipynb #789ac6e8
 class MaskEnforcer(Callback):
     "Keeps masked weights and their momentum at 0, masks gradients, and reports the measured `sparsity`"
     order = 10.5  # gradients are complete and unscaled after MixedPrecision (10), and not yet clipped (11)
@@ -40,7 +41,12 @@ class MaskEnforcer(Callback):
         self.learn.metrics = self._other_metrics() + [ValueMetric(self.sparsity, 'sparsity')]
 
     def _other_metrics(self): return [m for m in self.learn.metrics if getattr(m,'func',None)!=self.sparsity]
-    def sparsity(self): return measured_sparsity(self.learn.model)
+    def sparsity(self):
+        "Measured on the weights, those that `SparseLinear` doesn't store included"
+        stored = [(p.layer.in_features*p.layer.out_features,len(p.param)) for p in sparse_params(self.learn.model)]
+        masked = [(p.param.numel(),int(p.param.count_nonzero())) for p in masked_params(self.learn.model)]
+        numels,nonzeros = zip(*stored, *masked, (0,0))
+        return (sum(numels)-sum(nonzeros))/max(1, sum(numels))
 
     def before_train(self):
         self.refresh()
@@ -51,7 +57,7 @@ class MaskEnforcer(Callback):
         "Take note of masks that were attached, changed or released"
         masked = masked_params(self.model)
         self._params = [p for p in masked if p.is_enforced]
-        self._held = sum(int((~p.mask).sum()) for p in self._params)/max(1, sum(p.mask.numel() for p in masked))
+        self._held = sum(p.mask.numel()-int(p.mask.count_nonzero()) for p in self._params)/max(1, sum(p.mask.numel() for p in masked))
 
     def _mask_all(self):
         mask_tensors([p.param for p in self._params], [p.mask for p in self._params])

@@ -6,7 +6,7 @@
 __all__ = ['SET_kwargs', 'SNFS_kwargs', 'RigL_kwargs', 'drop_and_grow', 'MaskUpdate', 'DropAndGrow',
            'DynamicSparseTrainingCallback', 'SET', 'SNFS', 'RigL']
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #9ead8499
+# %% ../../nbs/15a_callback.dynamic.ipynb #c7cd0738
 from dataclasses import dataclass
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
@@ -19,10 +19,11 @@ from ..masks.core import *
 from ..masks.structured import *
 from ..masks.nm import *
 from ..schedule import *
+from ..sparse.linear import *
 from ..selection import *
 from ..sparsify import *
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #5a94829f
+# %% ../../nbs/15a_callback.dynamic.ipynb #41ea03ab
 def drop_and_grow(mask:Tensor, # Boolean, True where there is a connection
                   keep_scores:Tensor, # Of the mask's shape; the highest of what is connected stay
                   grow_scores:Tensor, # Of the mask's shape; the highest of all the others are grown
@@ -31,9 +32,20 @@ def drop_and_grow(mask:Tensor, # Boolean, True where there is a connection
                   mask_type=Unstructured(), # Pattern that the mask has
                  )->Tensor: # Boolean mask with `n_total` connections; among equal scores the lowest index is chosen
     "Keep the `n_keep` best connections and grow others, those just dropped included; raises `ValueError` for NaN"
+    if type(mask_type) is Unstructured and not mask.is_cuda: return _exchanged(mask, *(partial(pick, _as_array(s)) for s in (keep_scores, grow_scores)), n_keep, n_total)
     kept = _best_of(mask, keep_scores, n_keep, mask_type)
-    if type(mask_type) is Unstructured: return kept | _best_of(~kept, grow_scores, n_total-int(kept.sum()), mask_type)
+    if type(mask_type) is Unstructured: return kept | _best_of(~kept, grow_scores, n_total-int(kept.count_nonzero()), mask_type)
     return mask_type(grow_scores.masked_fill(kept, math.inf), 1-n_total/mask.numel())
+
+def _as_array(x): return (x if x.dtype in (torch.float32,torch.float64) else x.float()).detach().flatten().numpy()
+
+def _exchanged(mask, drop, grow, n_keep, n_total):
+    "`drop` and `grow` choose from what is eligible, in arrays"
+    was = mask.flatten().numpy()
+    new = was.copy()
+    new[drop(was, np.count_nonzero(was)-n_keep, lowest=True)] = False
+    new[grow(~new, n_total-n_keep)] = True
+    return torch.from_numpy(new).view(mask.shape)
 
 def _best_of(candidates, scores, n, mask_type):
     "The `n` highest `scores` among `candidates`; blocks as a whole, patterns weight by weight"
@@ -54,7 +66,7 @@ class MaskUpdate:
     churn:float # Share of the connections that are new
     ever_active:float # Share of all weights that have been connected at some time ([ITOP](https://arxiv.org/abs/2102.02887)'s R_s)
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #53429530
+# %% ../../nbs/15a_callback.dynamic.ipynb #4be69d8a
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
@@ -95,16 +107,35 @@ class DropAndGrow(PruningModifier, abstract=True):
         if not self.leave_enabled and 0<=self.end_epoch<=epoch: self.release()
         elif not self._started: self._start(epoch)
 
+    def _stored(self):
+        "The `SparseLinear` weights that `params` stands for, and the entries of `params` that stand for others"
+        found,others,names = set(),[],[p.name for p in sparse_params(self.model)]
+        for entry in [self.params] if isinstance(self.params, str) else self.params:
+            is_broad = entry.upper() in ('__ALL__','__ALL_PRUNABLE__')
+            mine = [n for n in names if is_broad or n==entry or n.startswith(f'{entry}.') or (entry.startswith('re:') and re.match(entry[3:], n))]
+            found.update(mine)
+            if not mine or (is_broad and prunable(self.model)): others.append(entry)
+        return [p for p in sparse_params(self.model) if p.name in found],others
+
+    def selected(self):
+        stored,others = self._stored()
+        return [p.name for p in stored] + list(select(self.model, others))
+
     def choose(self):
-        names,masked = super().choose(),masked_params(self.model)
-        if all(p.mask.all() for p in masked if p.name in names): return names
-        return [p.name for p in masked if p.name in names]
+        stored,others = self._stored()
+        names = fitting_params(self.model, others, self.calculator) if others else []
+        masked = [p for p in masked_params(self.model) if p.name in names]
+        return [p.name for p in masked] if stored or not all(p.mask.all() for p in masked) else names
+
+    def before_fit(self):
+        super().before_fit()
+        self._params = [*self._params, *self._stored()[0]]
 
     # masks to start with
 
     def _start(self, epoch):
         self._started,sparsity = True,self._sparsity
-        if all(p.mask.all() for p in self._params): return self._make_masks(epoch)
+        if self._params and all(p.mask.all() for p in self._params): return self._make_masks(epoch)
         if sparsity is None: return
         found,numel = sum((~p.mask).sum().item() for p in self._params),sum(p.mask.numel() for p in self._params)
         shares = self._distribution([p.param for p in self._params], sparsity)
@@ -187,43 +218,79 @@ class DropAndGrow(PruningModifier, abstract=True):
 
     @torch.no_grad()
     def _exchange(self):
+        "Choose all masks, then change them"
         share,batch = self.fraction_at(self.now),self.epoch*len(self.dls.train)+self.iter
         self._plan_next(self._clock(self.now)+1)
         live = [p for p in self._params if p.param.grad is not None]
         contexts = [dict(mask=p.mask, grad=self._gathered.get(p.name), generator=seeded(self.seed, batch, p.name)) for p in live]
-        masks = [drop_and_grow(p.mask, _checked(p, self.keep_f, c), _checked(p, self.grow_f, c), n_keep, n_total, self.calculator)
-                 for p,c,(n_keep,n_total) in zip(live, contexts, self.counts(live, contexts, share))]
-        if not self._ever: self._ever = {p.name:p.mask.clone() for p in self._params}
-        n_new = sum(self._rewire(p, m) for p,m in zip(live, masks))
+        masks = [self._new_mask(p, c, *n) for p,c,n in zip(live, contexts, self.counts(live, contexts, share))]
         self._gathered = {}
+        if not self._ever: self._ever = {p.name:p.mask.clone() for p in self._params}
+        n_new = sum(_count(m>c['mask']) for m,c in zip(masks, contexts))
+        for p,mask in zip(live, masks): p.rewire(mask, self.opt)
         self.learn.mask_enforcer.refresh()
-        self._record(batch, share, n_new)
+        if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates.append(self._note(batch, share, n_new))
+
+    def _new_mask(self, p, context, n_keep, n_total):
+        mask = context['mask']
+        if type(self.calculator) is not Unstructured or mask.is_cuda:
+            return drop_and_grow(mask, _checked(p, self.keep_f, context), _checked(p, self.grow_f, context), n_keep, n_total, self.calculator)
+        drop = partial(pick, _scores(p, self.keep_f, context))
+        grow = partial(_draw, context['generator']) if self.grow_f is random_scores else partial(pick, _scores(p, self.grow_f, context))
+        try: return _exchanged(mask, drop, grow, n_keep, n_total)
+        except ValueError as e: raise ValueError(f"{p.name}: {e}, so that connections can't be ranked") from None
 
     def counts(self, live, contexts, share):
         "How many connections of each layer stay, and how many it has afterwards"
-        had = [int(p.mask.sum()) for p in live]
+        had = [_count(c['mask']) for c in contexts]
         keep = [n-int(share*n) for n in had]
         if self.redistribute_f is None: return zip(keep, had)
-        needs = [_checked(p, self.redistribute_f, c)[p.mask].float().mean().item() if n else 0. for p,c,n in zip(live, contexts, had)]
-        return zip(keep, [k+n for k,n in zip(keep, water_fill(sum(had)-sum(keep), needs, [p.mask.numel()-k for p,k in zip(live, keep)]))])
+        needs = [_mean(_scores(p, self.redistribute_f, c), c['mask'].flatten()) for p,c in zip(live, contexts)]
+        return zip(keep, [k+n for k,n in zip(keep, water_fill(sum(had)-sum(keep), needs, [c['mask'].numel()-k for c,k in zip(contexts, keep)]))])
 
-    def _rewire(self, p, mask):
-        n_new = int((mask & ~p.mask).sum())
-        p.rewire(mask, self.opt)
-        self._ever[p.name] |= mask
-        return n_new
+    def _note(self, batch, share, n_new):
+        "What an update has done"
+        n_active,n_ever,numels = {},0,{}
+        for p in self._params:
+            mask,ever = p.mask,self._ever[p.name]
+            ever |= mask
+            n_active[p.name],n_ever,numels[p.name] = _count(mask),n_ever+_count(ever),mask.numel()
+        return MaskUpdate(batch, self.now, share, {n:1-k/numels[n] for n,k in n_active.items()}, n_new/max(1, sum(n_active.values())), n_ever/sum(numels.values()))
 
-    def _record(self, batch, share, n_new):
-        if not hasattr(self.learn, 'recorder'): return
-        n_active,numel = ({p.name:f(p) for p in self._params} for f in (lambda p: int(p.mask.sum()), lambda p: p.mask.numel()))
-        self.learn.recorder.mask_updates.append(MaskUpdate(batch, self.now, share, {n:1-k/numel[n] for n,k in n_active.items()},
-            n_new/max(1, sum(n_active.values())), sum(int(e.sum()) for e in self._ever.values())/sum(numel.values())))
+def _count(mask): return int(mask.count_nonzero()) if mask.is_cuda else int(np.count_nonzero(mask.numpy()))
 
 def _checked(p, criterion, context):
     scores = criterion(p.weight, **context)
-    if scores.shape!=p.mask.shape: raise ValueError(f"{p.name}: {getattr(criterion, '__name__', criterion)} gave scores of shape {tuple(scores.shape)}, expected {tuple(p.mask.shape)}")
-    if scores.numel() and scores.amax().isnan(): raise ValueError(f"{p.name}: {getattr(criterion, '__name__', criterion)} gave NaN, so that connections can't be ranked")
+    if scores.shape!=context['mask'].shape: raise ValueError(f"{p.name}: {getattr(criterion, '__name__', criterion)} gave scores of shape {tuple(scores.shape)}, expected {tuple(context['mask'].shape)}")
     return scores
+
+def _scores(p, criterion, context):
+    "The scores of a layer, as an array or what gives one for a slice"
+    return _LazyScores(criterion, p.weight, context['grad']) if getattr(criterion, 'is_elementwise', False) else _as_array(_checked(p, criterion, context))
+
+def _mean(scores, mask, step=1<<17):
+    "Mean score of what `mask` keeps; 0 if that is nothing"
+    mask = mask.cpu().numpy()
+    total = sum(float(np.dot(scores[i:i+step], mask[i:i+step].astype('f'))) for i in range(0, len(mask), step))
+    return total/max(1, np.count_nonzero(mask))
+
+class _LazyScores:
+    "Scores that are computed where they are asked for"
+    def __init__(self, criterion, weight, grad): self.criterion,self.weight,self.grad = criterion,weight.flatten(),None if grad is None else grad.flatten()
+    def __getitem__(self, where):
+        return _as_array(self.criterion(self.weight[where], grad=None if self.grad is None else self.grad[where]).cpu())
+
+def _draw(generator, eligible, n):
+    "`n` of the `eligible` at random: what ranking random scores comes to, without one for each weight"
+    if len(eligible)<10*n or np.count_nonzero(eligible)<len(eligible)/2:
+        candidates = np.flatnonzero(eligible)
+        return candidates[torch.randperm(len(candidates), generator=generator)[:n].numpy()]
+    free,left = eligible.copy(),n
+    n_free = np.count_nonzero(free)
+    while left:
+        free[torch.randint(len(free), (left,), generator=generator).numpy()] = False
+        left = n-(n_free-np.count_nonzero(free))
+    return np.flatnonzero(eligible>free)
 
 # %% ../../nbs/15a_callback.dynamic.ipynb #d92a7ff3
 class DynamicSparseTrainingCallback(DropAndGrow, abstract=True):

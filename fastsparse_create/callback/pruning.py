@@ -17,7 +17,7 @@ from ..masks.nm import *
 from ..schedule import *
 from ..selection import *
 
-# %% ../../nbs/11_callback.pruning.ipynb #aff51d8b
+# %% ../../nbs/11_callback.pruning.ipynb #328d0567
 class PruningModifier(Modifier, abstract=True):
     "Owns the masks of `params` between `start_epoch` and `end_epoch`"
     calculator = Unstructured()
@@ -36,6 +36,10 @@ class PruningModifier(Modifier, abstract=True):
         self._released |= self._ended_before(self.resumed_at)
         self._params = attach_masks(self.model, self._names, enforce=not self._released)
         MaskEnforcer.ensure(self.learn).before_fit()
+
+    def selected(self)->list: # Names of parameters
+        "What `params` stands for"
+        return list(select(self.model, self.params))
 
     def choose(self)->list: # Names of parameters
         "What to mask: the parameters of `params` that the pattern fits"
@@ -56,19 +60,18 @@ class PruningModifier(Modifier, abstract=True):
                  ):
         "Replace the masks, zero what they mask, and clear the optimizer's memory of it"
         attach_masks(self.model, self._names)  # a pruner that ended may have let them go
-        for p,mask in zip(self._params, masks): set_mask(p, mask)
-        mask_optimizer(self.opt, self._params)
+        for p,mask in zip(self._params, masks): p.rewire(mask, self.opt)
         self.learn.mask_enforcer.refresh()
 
     def release(self):
         "Let masked weights train again, but for those that another pruner holds by now; the masks stay readable"
         self._released = True
-        held = {n for cb in self.learn.cbs if isinstance(cb, PruningModifier) and cb is not self and cb.is_active(self.now) for n in select(self.model, cb.params)}
-        stop_enforcing(self.model, [p for p in self._params if p.name not in held])
+        held = {n for cb in self.learn.cbs if isinstance(cb, PruningModifier) and cb is not self and cb.is_active(self.now) for n in cb.selected()}
+        stop_enforcing(self.model, [p for p in self._params if isinstance(p, MaskedParam) and p.name not in held])
         self.learn.mask_enforcer.refresh()
 
 def _refuse_overlaps(learn):
-    pruners = [(cb, select(learn.model, cb.params), max(0,cb.start_epoch), cb.end_epoch if cb.end_epoch>=0 else math.inf)
+    pruners = [(cb, cb.selected(), max(0,cb.start_epoch), cb.end_epoch if cb.end_epoch>=0 else math.inf)
                for cb in learn.cbs if isinstance(cb, PruningModifier)]
     for i,(a,a_names,a0,a1) in enumerate(pruners):
         for b,b_names,b0,b1 in pruners[i+1:]:
