@@ -1,9 +1,10 @@
 "Layers that store only their connections compute, train and rewire as masked layers do"
-import io,pickle,pytest,torch
+import os,pickle,pytest,subprocess,sys,torch
 import torch.nn.functional as F
 from copy import deepcopy
 from hypothesis import given,strategies as st
 from fastsparse_create.masking import *
+from fastsparse_create.callback.dynamic import *
 from fastsparse_create.compact import *
 from fastsparse_create.sparse import inference
 from fastsparse_create.sparse.inference import *
@@ -433,3 +434,45 @@ def test_compact_says_what_it_needs():
         def forward(self, x): return x if x.sum()>0 else -x
     assert "can't be traced" in repr(compact(Dynamic())[1])
     assert repr(compact(nn.Linear(3,2))[1])
+
+@pytest.mark.parametrize('method', ['SET','RigL','SNFS'])
+@pytest.mark.parametrize('opt_func', [partial(SGD, mom=.9), Adam])
+def test_finds_the_connections_that_masks_find(method, opt_func):
+    "Dynamic sparse training of sparse layers and of masked ones: the same connections, the same weights"
+    masked = nn.Sequential(nn.Linear(4,24), nn.ReLU(), nn.Linear(24,24), nn.ReLU(), nn.Linear(24,2)).double()
+    sparsify_model(masked, .7)
+    model = deepcopy(masked)
+    sparse_layers_(model, .5, 0)
+    for m in (masked,model):
+        learn = tiny_learner(m, opt_func=opt_func, lr=.01, n_trn=10, dtype=torch.float64)
+        learn.fit(4, cbs=dict(SET=SET,RigL=RigL,SNFS=SNFS)[method](every=5))
+        assert len(learn.recorder.mask_updates)>=4
+    for a,b in zip(masked_params(masked), sparse_params(model)):
+        assert a.name==b.name and torch.equal(a.mask, b.mask)
+        torch.testing.assert_close(a.param.data, b.weight, rtol=1e-6, atol=1e-9)
+
+_ranks = '''
+import os,sys,torch,torch.distributed as dist
+from torch import nn
+from fastsparse_create.sparse.linear import *
+rank = int(sys.argv[1])
+dist.init_process_group('gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2)
+net = nn.parallel.DistributedDataParallel(nn.Sequential(SparseLinear(4,16,.5), nn.ReLU(), nn.Linear(16,2)))
+p, = sparse_params(net)
+assert p.name=='0.weight'
+p.collect(True)
+net(torch.randn(8, 4, generator=torch.Generator().manual_seed(rank))).square().mean().backward()
+grad,kept = p.grad,p.mask
+torch.testing.assert_close(grad[kept], p.param.grad)
+dist.barrier()
+print('agreed', flush=True)
+os._exit(0)
+'''
+
+@pytest.mark.slow
+def test_ranks_score_the_same_gradient(tmp_path):
+    "A dense gradient is averaged over ranks as `DistributedDataParallel` does it"
+    root = Path(__file__).parent.parent
+    args,env = [sys.executable, '-W', 'ignore', '-c', _ranks],{**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(root)}
+    ranks = [subprocess.Popen([*args, str(r), str(tmp_path/'store')], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
+    for r in ranks: assert 'agreed' in (out := r.communicate(timeout=120)[0]), out

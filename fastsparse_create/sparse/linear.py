@@ -18,7 +18,7 @@ from ..masking import *
 from ..masks.core import n_zeros
 from ..selection import *
 
-# %% ../../nbs/05a_sparse.linear.ipynb #d8887a04
+# %% ../../nbs/05a_sparse.linear.ipynb #5cd9452c
 class Pattern(NamedTuple):
     "Where the connections of a layer are; indices are int32"
     crow_indices:Tensor # Row `i` of the weight consists of the elements from `crow_indices[i]` to `crow_indices[i+1]`
@@ -27,9 +27,13 @@ class Pattern(NamedTuple):
     row_indices:Tensor # Row of each element, by column
     order:Tensor # Which element that is in the order by row
 
+_cached_columns,_cached_elements = 64,2**18
+
 def _sum_rows(indices, offsets, values, x):
     "Row `i` is the sum of the rows `indices[offsets[i]:offsets[i+1]]` of `x`, each times its value"
     if not x.numel(): return x.new_zeros(len(offsets)-1, x.shape[1])
+    if x.shape[1]>_cached_columns and x.numel()>_cached_elements:  # parts of the batch stay in a core's cache
+        return torch.cat([_sum_rows(indices, offsets, values, part.contiguous()) for part in x.split(_cached_columns, 1)], 1)
     return F.embedding_bag(indices, x, offsets, mode='sum', per_sample_weights=values, include_last_offset=True)
 
 @lru_cache
