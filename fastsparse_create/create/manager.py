@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LoopRecorder', 'begin_batch', 'LoopManager']
 
-# %% ../../nbs/25_create.manager.ipynb #fbb9a0cd
+# %% ../../nbs/25_create.manager.ipynb #15971f1a
 import inspect,weakref
 from contextlib import suppress
 from functools import wraps
@@ -14,6 +14,7 @@ from fastai.basics import *
 from ..callback.core import *
 from ..masking import *
 from ..selection import unwrap_model
+from ..sparse.linear import sparse_params
 
 # %% ../../nbs/25_create.manager.ipynb #aaee6705
 class LoopRecorder(Recorder):
@@ -102,7 +103,7 @@ def _state_of(cb):
         with suppress(TypeError): state[k] = _as_data(vars(cb)[k])
     return state
 
-# %% ../../nbs/25_create.manager.ipynb #823365a5
+# %% ../../nbs/25_create.manager.ipynb #697c11ca
 class LoopManager:
     "Drives callbacks from a plain PyTorch loop: its forward passes and its `optimizer.step()` raise the events of `fit`"
     def __init__(self,
@@ -160,12 +161,19 @@ class LoopManager:
 
     def _begin(self):
         "Open the batch that is about to be trained, if it isn't open"
-        if self._in_batch: return
+        if self._in_batch: return self._forget_dropped()
         if not self._in_epoch: self._open_epoch()
         self.learn.iter,self._in_batch = self.steps%self.steps_per_epoch,True
         self._raise('before_batch')
         if any(_needs_dense_grad(cb) for cb in self.learn.cbs):
             self._hooks = [p.param.register_hook(_let_through) for p in masked_params(self.model) if p.param.requires_grad]
+
+    def _forget_dropped(self):
+        "Where gradients are gone without a step, as after an overflow, what layers have collected for theirs is not to be used"
+        for p in sparse_params(self.model):
+            if p.layer.collected and (p.param.grad is None or not p.param.grad.any()):
+                p.collect(False)
+                p.collect(True)
 
     def _open_epoch(self):
         self.learn.epoch,self._in_epoch = self.steps//self.steps_per_epoch,True
