@@ -81,6 +81,13 @@ def selection_ms(n=12_582_912):
         times.append(time.process_time()-began)
     return min(times)*1000
 
+def report(name, seconds, n_steps):
+    "Print a row for each variant"
+    dense = seconds['dense']
+    for v,s in seconds.items():
+        r = sorted(a/b for a,b in zip(s, dense))
+        print(f'| {name} | {v} | {1000*sum(s)/n_steps:.1f} | {sum(s)/sum(dense):.3f} | {r[len(r)//4]:.3f} to {r[3*len(r)//4]:.3f} |', flush=True)
+
 def main():
     p = argparse.ArgumentParser()
     p.add_argument('--models', nargs='+', default=list(models), choices=list(models))
@@ -94,10 +101,7 @@ def main():
     print('| model | variant | step, ms | ratio to dense | quartiles of the turns |\n|---|---|---|---|---|')
     for name in args.models:
         with redirect_stdout(StringIO()): seconds = run(name, models[name], args.steps, args.turn, batch)
-        dense = seconds['dense']
-        for v,s in seconds.items():
-            r = sorted(a/b for a,b in zip(s, dense))
-            print(f'| {name} | {v} | {1000*sum(s)/args.steps:.1f} | {sum(s)/sum(dense):.3f} | {r[len(r)//4]:.3f} to {r[3*len(r)//4]:.3f} |', flush=True)
+        report(name, seconds, args.steps)
     print(f'\nSelecting a mask for 12.6 M weights: {selection_ms():.1f} ms')
 
 if __name__=='__main__': main()

@@ -1,0 +1,51 @@
+"""Cost of a training step with dynamic sparse training, against dense training, and of one update of the masks.
+
+    python benchmarks/dst_step.py [--models xresnet18 mlp] [--steps 120]
+
+All variants of a model train in one process, a few steps each in turn, so that whatever else the machine does hits them alike. What is printed are
+ratios of process CPU time to the dense step's. Updates fall on every 100th step, so that `--steps` above 100 includes one.
+"""
+import argparse, time
+from contextlib import redirect_stdout
+from io import StringIO
+from fastsparse_create.callback.dynamic import DropAndGrow
+from step_overhead import *
+
+variants.clear()
+variants.update({'dense': lambda learn,steps: [], 'static': lambda learn,steps: [SET(.9, fraction=0)],
+                 **{f.__name__:(lambda learn,steps,f=f: [f(.9, every=100, T_end=1.)]) for f in (SET, RigL, SNFS)}})
+
+def update_ms(method, n_updates=5):
+    "CPU milliseconds of each update of an MLP with 12 M weights, without the step"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3*64*64,960), nn.ReLU(), nn.Linear(960,256), nn.ReLU(), nn.Linear(256,10))
+    batch = torch.randn(64,3,64,64),torch.randint(0,10,(64,))
+    learn = Learner(DataLoaders([batch]*(2*n_updates+2), []), model, loss_func=nn.CrossEntropyLoss(), opt_func=partial(SGD, mom=.9), lr=1e-3)
+    dst,seconds = method(.9, every=2, T_end=1.),[]
+    exchange = dst._exchange
+    def timed():
+        began = time.process_time()
+        exchange()
+        seconds.append(time.process_time()-began)
+    dst._exchange = timed
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=dst)
+    return [1000*s for s in seconds]
+
+def main():
+    p = argparse.ArgumentParser()
+    p.add_argument('--models', nargs='+', default=['xresnet18','mlp'], choices=list(models))
+    p.add_argument('--steps', type=int, default=120)
+    p.add_argument('--turn', type=int, default=5)
+    args = p.parse_args()
+    torch.set_num_threads(1)
+    print(f'torch {torch.__version__}, 1 thread, batch 64 of 3x64x64, {args.steps} steps of SGD with momentum, sparsity 0.9, updates every 100 steps\n')
+    for method in (RigL, SET, SNFS):
+        ms = update_ms(method)
+        print(f"{method.__name__}: updates of 12.0 M weights take {', '.join(f'{t:.0f}' for t in ms)} ms, the drop fraction falling from {.5 if method is SNFS else .3}")
+    batch = torch.randn(64,3,64,64),torch.randint(0,10,(64,))
+    print('\n| model | variant | step, ms | ratio to dense | quartiles of the turns |\n|---|---|---|---|---|')
+    for name in args.models:
+        with redirect_stdout(StringIO()): seconds = run(name, models[name], args.steps, args.turn, batch)
+        report(name, seconds, args.steps)
+
+if __name__=='__main__': main()
