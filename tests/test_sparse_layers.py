@@ -388,12 +388,34 @@ def test_compact_stops_at_what_it_does_not_know():
     (lambda: [nn.Linear(6,8), nn.LayerNorm(8), nn.Linear(8,2)], 'LayerNorm 1 may mix units'),
     (lambda: [nn.Linear(6,8), nn.Softmax(1), nn.Linear(8,2)], 'Softmax 1 may mix units'),
     (lambda: [nn.Linear(6,8), nn.BatchNorm1d(8, track_running_stats=False), nn.Linear(8,2)], 'BatchNorm1d 1 may mix units'),
-    (lambda: (lambda l: [nn.Linear(6,8), l, nn.ReLU(), l])(nn.Linear(8,8)), '1 is used several times')])
+    (lambda: (lambda l: [nn.Linear(6,8), l, nn.ReLU(), l])(nn.Linear(8,8)), '1 is used several times, or shares parameters')])
 def test_compact_reasons(build, status):
     model = nn.Sequential(*build())
     with torch.no_grad(): model[0].weight[:3] = 0
     small,report = compact(model)
     assert report.rows[0].status==status and same(weights(small), weights(model))
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(6,8),nn.Linear(8,6)
+    def forward(self, x): return F.linear(self.b(F.relu(self.a(x))), self.a.weight)
+
+class Reshaped(nn.Module):
+    "Tracing sees nothing wrong, but the model counts on a size"
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.scale = nn.Linear(6,8),nn.Linear(8,6),nn.Parameter(torch.ones(8))
+        self.a.register_forward_hook(lambda m,args,out: out*self.scale)
+    def forward(self, x): return self.b(F.relu(self.a(x)))
+
+@pytest.mark.parametrize('cls,status', [(Tied,'shares parameters'), (Reshaped,'rolled back')])
+def test_compact_leaves_models_whole(cls, status):
+    model = cls()
+    with torch.no_grad(): model.a.weight[:3] = 0
+    small,report = compact(model)
+    assert status in report.rows[0].status and same(weights(small), weights(model))
+    assert not any(r.no_inputs or r.no_outputs for r in report.rows)
 
 def conv_chain(padding_mode='zeros', padding=1, pool=nn.MaxPool2d(2)):
     torch.manual_seed(0)

@@ -6,10 +6,11 @@
 __all__ = ['Pattern', 'quiet_csr', 'SparseLinear', 'resize_', 'SparseParam', 'sparse_params', 'LayerReport', 'SwappedLayer',
            'sparse_layers_', 'dense_layers_']
 
-# %% ../../nbs/05a_sparse.linear.ipynb #9b9a33ff
+# %% ../../nbs/05a_sparse.linear.ipynb #477ef5ed
 import torch,torch.nn.functional as F,warnings
 from dataclasses import asdict,dataclass
 from functools import lru_cache
+from html import escape
 from typing import NamedTuple
 from fastai.basics import L,pd,store_attr
 from torch import nn,Tensor
@@ -18,7 +19,7 @@ from ..masking import *
 from ..masks.core import n_zeros
 from ..selection import *
 
-# %% ../../nbs/05a_sparse.linear.ipynb #5cd9452c
+# %% ../../nbs/05a_sparse.linear.ipynb #28c81eda
 class Pattern(NamedTuple):
     "Where the connections of a layer are; indices are int32"
     crow_indices:Tensor # Row `i` of the weight consists of the elements from `crow_indices[i]` to `crow_indices[i+1]`
@@ -27,13 +28,9 @@ class Pattern(NamedTuple):
     row_indices:Tensor # Row of each element, by column
     order:Tensor # Which element that is in the order by row
 
-_cached_columns,_cached_elements = 64,2**18
-
 def _sum_rows(indices, offsets, values, x):
     "Row `i` is the sum of the rows `indices[offsets[i]:offsets[i+1]]` of `x`, each times its value"
     if not x.numel(): return x.new_zeros(len(offsets)-1, x.shape[1])
-    if x.shape[1]>_cached_columns and x.numel()>_cached_elements:  # parts of the batch stay in a core's cache
-        return torch.cat([_sum_rows(indices, offsets, values, part.contiguous()) for part in x.split(_cached_columns, 1)], 1)
     return F.embedding_bag(indices, x, offsets, mode='sum', per_sample_weights=values, include_last_offset=True)
 
 @lru_cache
@@ -67,7 +64,7 @@ class _SparseProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]: dx = _sum_rows(p.row_indices, p.ccol_indices, values.index_select(0, p.order), g)
         if ctx.needs_input_grad[1]:
             dvalues = _sampled(p, values, g, x)
-            if ctx.layer.collected is not None: ctx.layer.collected.append((g,x))
+            if ctx.layer.collected is not None: ctx.layer.collected.append((g.detach(),x.detach()))
         if ctx.needs_input_grad[2]: dbias = g.sum(1)
         return dx,dvalues,dbias,None,None
 
@@ -262,7 +259,7 @@ def sparse_params(model:nn.Module, # Any model
     "The weights of `model` that are stored sparsely, under the names that they have in a dense model"
     return [SparseParam(f'{n}.weight' if n else 'weight', m) for n,m in unwrap_model(model).named_modules() if isinstance(m, SparseLinear)]
 
-# %% ../../nbs/05a_sparse.linear.ipynb #cfce3910
+# %% ../../nbs/05a_sparse.linear.ipynb #f8692718
 class LayerReport:
     "`rows`, one for each layer that was looked at, and a `summary`"
     def __init__(self,
@@ -271,8 +268,9 @@ class LayerReport:
                 ): store_attr()
 
     def to_df(self)->pd.DataFrame: return pd.DataFrame([asdict(r) for r in self.rows])
-    def __repr__(self): return f"{self.to_df().to_string(index=False)}\n{self.summary}" if self.rows else self.summary
-    def _repr_html_(self): return f"{self.to_df().to_html(index=False)}<p>{self.summary}</p>" if self.rows else self.summary
+    def _table(self, render): return render(index=False, na_rep='–', float_format='{:.4g}'.format)
+    def __repr__(self): return f"{self._table(self.to_df().to_string)}\n{self.summary}" if self.rows else self.summary
+    def _repr_html_(self): return f"{self._table(self.to_df().to_html)}<p>{escape(self.summary)}</p>" if self.rows else escape(self.summary)
 
 @dataclass(frozen=True)
 class SwappedLayer:
