@@ -19,7 +19,7 @@ from ..masking import *
 from ..masks.core import n_zeros
 from ..selection import *
 
-# %% ../../nbs/05a_sparse.linear.ipynb #28c81eda
+# %% ../../nbs/05a_sparse.linear.ipynb #723e8911
 class Pattern(NamedTuple):
     "Where the connections of a layer are; indices are int32"
     crow_indices:Tensor # Row `i` of the weight consists of the elements from `crow_indices[i]` to `crow_indices[i+1]`
@@ -47,12 +47,17 @@ def _sampled(p, values, g, x):
     where = torch.sparse_csr_tensor(p.crow_indices, p.col_indices, torch.zeros_like(values), (len(g),len(x)), check_invariants=False)
     return torch.sparse.sampled_addmm(where, g, x.t(), beta=0.).values()
 
+def _by_feature(x):
+    "`x` with a row for each feature"
+    return (x.flatten(0, -2) if x.ndim>1 else x[None]).t().contiguous()
+
 class _SparseProduct(torch.autograd.Function):
-    "Weights times activations, plus bias; `[in_features, batch]` to `[out_features, batch]`"
+    "Weights times activations, plus bias; `[..., in_features]` to `[out_features, batch]`"
     @staticmethod
-    def forward(ctx, x, values, bias, pattern, layer):
+    def forward(ctx, inputs, values, bias, pattern, layer):
+        x = _by_feature(inputs)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values)
-        ctx.pattern,ctx.layer = pattern,layer
+        ctx.pattern,ctx.layer,ctx.shape = pattern,layer,inputs.shape
         y = _sum_rows(pattern.col_indices, pattern.crow_indices, values.detach(), x)
         return y if bias is None else y.add_(bias[:,None])
 
@@ -61,14 +66,14 @@ class _SparseProduct(torch.autograd.Function):
     def backward(ctx, g):
         (x,values),p,g = ctx.saved_tensors,ctx.pattern,g.contiguous()
         dx,dvalues,dbias = None,None,None
-        if ctx.needs_input_grad[0]: dx = _sum_rows(p.row_indices, p.ccol_indices, values.index_select(0, p.order), g)
+        if ctx.needs_input_grad[0]: dx = _sum_rows(p.row_indices, p.ccol_indices, values.index_select(0, p.order), g).t().reshape(ctx.shape)
         if ctx.needs_input_grad[1]:
             dvalues = _sampled(p, values, g, x)
-            if ctx.layer.collected is not None: ctx.layer.collected.append((g.detach(),x.detach()))
+            if ctx.layer.collected is not None: ctx.layer.collected.append((g.detach(),x))
         if ctx.needs_input_grad[2]: dbias = g.sum(1)
         return dx,dvalues,dbias,None,None
 
-# %% ../../nbs/05a_sparse.linear.ipynb #f229546f
+# %% ../../nbs/05a_sparse.linear.ipynb #a8795821
 _dtypes = torch.float32,torch.float64
 
 class SparseLinear(nn.Module):
@@ -134,7 +139,7 @@ class SparseLinear(nn.Module):
     def _rows(self): return torch.arange(self.out_features, device=self.crow_indices.device).repeat_interleave(self.crow_indices.diff())
 
     @property
-    def pattern(self)->Pattern: return Pattern(*(getattr(self, n) for n in Pattern._fields))
+    def pattern(self)->Pattern: return Pattern(*map(self._buffers.get, Pattern._fields))
 
     @property
     def positions(self)->Tensor:
@@ -157,9 +162,8 @@ class SparseLinear(nn.Module):
     def forward(self, x):
         if torch.is_autocast_enabled(x.device.type): x = x.to(self.values.dtype)
         _check_dtype('SparseLinear: values', self.values.dtype), _check_input(self, x)
-        flat = x.flatten(0, -2) if x.ndim>1 else x[None]
-        y = _SparseProduct.apply(flat.t().contiguous(), self.values, self.bias, self.pattern, self)
-        return y.t().reshape(*x.shape[:-1], self.out_features)
+        y = _SparseProduct.apply(x, self.values, self.bias, self.pattern, self).t()
+        return y if x.ndim==2 else y.reshape(*x.shape[:-1], self.out_features)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
         crow,cols,values = (state_dict.get(prefix+n) for n in ('crow_indices','col_indices','values'))
