@@ -21,6 +21,7 @@ from .asp import *
 from .recipe.expression import RecipeError
 from .recipe.compile import *
 from .recipe.generate import *
+from .create.manager import *
 from .report import *
 from .flops import *
 from .plots import *

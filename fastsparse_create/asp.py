@@ -34,7 +34,7 @@ class _Run:
 
     def live_optimizers(self): return [o for o in (r() for r in self.optimizers) if o is not None]
 
-# %% ../nbs/16_asp.ipynb #35f85342
+# %% ../nbs/16_asp.ipynb #2202f280
 def _layers(model, whitelist, allowed, disallowed, custom):
     "The parameters of whitelisted layers, and why others among these are left out"
     kinds = tuple(whitelist)+tuple(custom)
@@ -49,10 +49,10 @@ def _layers(model, whitelist, allowed, disallowed, custom):
             else: yield site,''
 
 def _why_not(site, calculator):
-    param = site.param
-    if not param.requires_grad: return "it doesn't train"
-    if param.ndim<2 or param.shape[0]%8 or param.shape[1]%16: return f"shape {tuple(param.shape)} is no multiple of 8 outputs by 16 inputs"
-    return calculator.unfit(param.shape) if hasattr(calculator, 'unfit') else ''
+    if not site.param.requires_grad: return "it doesn't train"
+    shape = outputs_first(site, site.param).shape
+    if len(shape)<2 or shape[0]%8 or shape[1]%16: return f"shape {tuple(site.param.shape)} is no multiple of 8 outputs by 16 inputs"
+    return calculator.unfit(shape) if hasattr(calculator, 'unfit') else ''
 
 def _check_names(model, *lists):
     layers = dict(model.named_modules())
@@ -61,7 +61,7 @@ def _check_names(model, *lists):
         near = get_close_matches(n, list(layers), 1)
         raise ValueError(f"ASP: the model has no layer {n!r}" + (f", did you mean {near[0]!r}?" if near else ''))
 
-# %% ../nbs/16_asp.ipynb #aef43480
+# %% ../nbs/16_asp.ipynb #948b3ec6
 class ASP:
     "Apex's interface: init, compute masks, restore, and all at once by `prune_trained_model`"
     _runs = WeakKeyDictionary()
@@ -116,7 +116,7 @@ class ASP:
             if run.example_input is not None: _permute(m, run)
             params = _of(m, run)
             for p in params: _restore(p, run)
-            masks = [run.calculator(p.param.detach().abs(), run.calculator.sparsity) for p in params]
+            masks = [outputs_first(p, run.calculator(outputs_first(p, p.param.detach().abs()), run.calculator.sparsity)) for p in params]
             for p,mask in zip(params, masks):
                 if run.allow_recompute_mask: run.cut[p.name] = p.param.detach().masked_fill(mask, 0).cpu()
                 set_mask(p, mask)

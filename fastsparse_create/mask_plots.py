@@ -59,7 +59,7 @@ def _draw_layers(ax, edges, sparsities):
     ax.text(1.01, 0, 'sparsity', transform=ax.get_yaxis_transform(), va='bottom', fontsize='small', color='.4')
     ax.spines['left'].set_visible(False)
 
-# %% ../nbs/33_mask_plots.ipynb #16196b76
+# %% ../nbs/33_mask_plots.ipynb #864286be
 class MaskHistory(TrainingCallback):
     "Keeps the masks of layers over training, for `plot_mask_history` and `animate_mask_history`"
     order = 10.6  # modifiers (10.2) have changed masks
@@ -128,7 +128,7 @@ def _stands_for(entry, name):
 
 def _masks(model):
     "Name -> mask of all weights that have one, outputs first"
-    masks = {p.name:p.mask.movedim(1, 0) if getattr(p.owners[0][0], 'transposed', False) else p.mask for p in masked_params(model)}
+    masks = {p.name:outputs_first(p, p.mask) for p in masked_params(model)}
     return {n:m.cpu() for n,m in {**masks, **{p.name:p.mask for p in sparse_params(model)}}.items()}
 
 # %% ../nbs/33_mask_plots.ipynb #9649f049

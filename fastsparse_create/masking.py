@@ -58,7 +58,7 @@ def mask_tensors(tensors:list, # Tensors to change in place
         t = t.data  # masking what is masked already must not invalidate graphs that wait for their backward pass
         t.view(_widths[t.element_size()]).bitwise_and_(_mask_bits(m, t))
 
-# %% ../nbs/05_masking.ipynb #4d0aaea2
+# %% ../nbs/05_masking.ipynb #13fc003d
 @dataclass(eq=False)
 class MaskedParam:
     "A parameter with its mask; `owners` are the `(module, attribute)` pairs that hold them"
@@ -125,7 +125,7 @@ def fitting_params(model:nn.Module, # Any model
     for entry in [params] if isinstance(params, str) else params:
         is_broad = entry.upper() in ('__ALL__','__ALL_PRUNABLE__') or entry.startswith('re:')
         for name,site in select(model, entry).items():
-            reason = unfit_of(site.param.shape)
+            reason = unfit_of(outputs_first(site, site.param).shape)
             if reason and not is_broad: raise ValueError(f"{name}: {reason}")
             (unfit if reason else fits)[name] = reason
     if unfit and not fits: raise ValueError("mask_type: {1}: {0}".format(*next((why,n) for n,why in unfit.items())))

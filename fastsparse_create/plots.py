@@ -160,15 +160,14 @@ def show_pixels(ax, image, step, shape, **kwargs):
     for axis in ax.xaxis,ax.yaxis: axis.set_major_locator(MaxNLocator('auto', integer=True))
     return shown
 
-# %% ../nbs/31_plots.ipynb #f800cfe4
+# %% ../nbs/31_plots.ipynb #fd102937
 def _kept(model, name):
     "The only weight called `name`, as `(name, shape, kept)`; dimension 0 of `kept` is the output"
     sites = select(model, name)
     if len(sites)!=1: raise ValueError(f"plot_mask: {name!r} stands for {len(sites)} weights, choose one of {', '.join(sites)}")
     (full,site), = sites.items()
     mask = next((p.mask for p in masked_params(model) if p.name==full), site.param!=0).cpu()
-    transposed = getattr(site.owners[0][0], 'transposed', False)
-    return full,tuple(mask.shape),mask.movedim(1, 0) if transposed else mask
+    return full,tuple(mask.shape),outputs_first(site, mask)
 
 def plot_mask(model:nn.Module, # Any model
               name:str, # A layer, or a parameter; without a mask, its non-zeros are shown

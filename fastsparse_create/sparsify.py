@@ -16,7 +16,7 @@ from .masks.structured import *
 from .masks.nm import *
 from .selection import *
 
-# %% ../nbs/15_sparsify.ipynb #15ef27b8
+# %% ../nbs/15_sparsify.ipynb #9eccb4db
 class MaskHook:
     "Keeps the mask of one parameter enforced until `remove` is called"
     def __init__(self, model, param): self.model,self.param = model,param
@@ -41,11 +41,11 @@ def sparsify_model(model, # Model, or `Learner`
     names = fitting_params(model, params, calculator)
     sites = list(select(model, names).values())
     sparsities = _sparsities(sparse_init_f, sites, sparsity)
-    masks = [calculator(criterion(s.param, generator=seeded(seed, 'mask', s.name)), share) for s,share in zip(sites, sparsities)]
+    masks = [outputs_first(s, calculator(outputs_first(s, criterion(s.param, generator=seeded(seed, 'mask', s.name))), share)) for s,share in zip(sites, sparsities)]
     masked = attach_masks(model, names, enforce=enforce_masks)
     for p,mask in zip(masked, masks):
         set_mask(p, mask)
-        if reinit: sparse_kaiming_(p.param, mask, seeded(seed, 'weight', p.name), output_dim=int(getattr(p.owners[0][0], 'transposed', False)))
+        if reinit: sparse_kaiming_(p.param, mask, seeded(seed, 'weight', p.name), output_dim=int(outputs_first(p, mask) is not mask))
     if learn is not None: _enforce_in(learn, masked)
     return [MaskHook(model, p) for p in masked] if enforce_masks else []
 

@@ -385,3 +385,17 @@ def test_recipes_spell_patterns_without_quotes(name):
     (again,), = parse_recipe(dump_recipe(data)).stages.values()
     assert again.args['mask_type']==name
     if ':' in name and '-' not in name: assert f"'{name}'" in dump_recipe(data) or f'"{name}"' in dump_recipe(data)
+
+@pytest.mark.parametrize('layer', [nn.ConvTranspose2d(16,8,3), nn.ConvTranspose1d(8,4,3,groups=2)], ids=['2d','grouped'])
+def test_groups_run_along_inputs_where_these_come_first(layer):
+    model = nn.Sequential(layer)
+    sparsify_model(model, .5, mask_type='2:4')
+    assert is_nm(layer.weight_mask.movedim(0, 1), 2, 4)
+    learn = tiny_learner(model=nn.Sequential(nn.Unflatten(1, (8,1)), nn.ConvTranspose1d(8,4,3), nn.Flatten(), nn.Linear(12,2)), shape=(8,))
+    learn.fit(2, cbs=[MagnitudePruningModifier(0., .5, 0, 1, .5, ['1.weight'], mask_type='2:4')])
+    assert is_nm(masked_params(learn.model)[0].mask.movedim(0, 1), 2, 4)
+
+def test_filters_of_transposed_convolutions_are_their_outputs():
+    model = nn.Sequential(nn.ConvTranspose2d(6,4,3))
+    sparsify_model(model, .5, mask_type='filter')
+    assert sorted(model[0].weight_mask.sum((0,2,3)).tolist())==[0,0,54,54]

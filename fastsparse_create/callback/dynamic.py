@@ -23,7 +23,7 @@ from ..sparse.linear import *
 from ..selection import *
 from ..sparsify import *
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #41ea03ab
+# %% ../../nbs/15a_callback.dynamic.ipynb #71f28bef
 def drop_and_grow(mask:Tensor, # Boolean, True where there is a connection
                   keep_scores:Tensor, # Of the mask's shape; the highest of what is connected stay
                   grow_scores:Tensor, # Of the mask's shape; the highest of all the others are grown
@@ -33,8 +33,9 @@ def drop_and_grow(mask:Tensor, # Boolean, True where there is a connection
                  )->Tensor: # Boolean mask with `n_total` connections; among equal scores the lowest index is chosen
     "Keep the `n_keep` best connections and grow others, those just dropped included; raises `ValueError` for NaN"
     if type(mask_type) is Unstructured and not mask.is_cuda: return _exchanged(mask, *(partial(pick, _as_array(s)) for s in (keep_scores, grow_scores)), n_keep, n_total)
-    kept = _best_of(mask, keep_scores, n_keep, mask_type)
-    if type(mask_type) is Unstructured: return kept | _best_of(~kept, grow_scores, n_total-int(kept.count_nonzero()), mask_type)
+    if isinstance(mask_type, (Block,Slice)): return mask_type.spread(_exchanged_groups(mask, *map(mask_type.pool, (mask.float(),keep_scores,grow_scores)), n_keep, n_total), mask.shape)
+    kept = _best_of(mask, keep_scores, n_keep)
+    if type(mask_type) is Unstructured: return kept | _best_of(~kept, grow_scores, n_total-int(kept.count_nonzero()))
     return mask_type(grow_scores.masked_fill(kept, math.inf), 1-n_total/mask.numel())
 
 def _as_array(x): return (x if x.dtype in (torch.float32,torch.float64) else x.float()).detach().flatten().numpy()
@@ -44,12 +45,17 @@ def _exchanged(mask, drop, grow, n_keep, n_total):
     was = mask.flatten().numpy()
     new = was.copy()
     new[drop(was, np.count_nonzero(was)-n_keep, lowest=True)] = False
-    new[grow(~new, n_total-n_keep)] = True
+    new[grow(~new, n_total-np.count_nonzero(new))] = True
     return torch.from_numpy(new).view(mask.shape)
 
-def _best_of(candidates, scores, n, mask_type):
-    "The `n` highest `scores` among `candidates`; blocks as a whole, patterns weight by weight"
-    if isinstance(mask_type, (Block,Slice)): return mask_type(scores.masked_fill(~candidates, -math.inf), 1-n/candidates.numel()) & candidates
+def _exchanged_groups(mask, active, keep_scores, grow_scores, n_keep, n_total):
+    "Blocks are kept and grown as a whole. Their number is what counts, as incomplete ones hold fewer weights"
+    active = active>0
+    groups_a_weight = _count(active)/_count(mask) if mask.any() else active.numel()/mask.numel()
+    return drop_and_grow(active, keep_scores, grow_scores, round(n_keep*groups_a_weight), round(n_total*groups_a_weight))
+
+def _best_of(candidates, scores, n):
+    "The `n` highest `scores` among `candidates`"
     chosen = candidates.clone()
     scores = scores[candidates]
     chosen[candidates] = keep_highest(scores, scores.numel()-n)
@@ -66,7 +72,7 @@ class MaskUpdate:
     churn:float # Share of the connections that are new
     ever_active:float # Share of all weights that have been connected at some time ([ITOP](https://arxiv.org/abs/2102.02887)'s R_s)
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #4be69d8a
+# %% ../../nbs/15a_callback.dynamic.ipynb #f28be6e7
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
@@ -79,7 +85,14 @@ class DropAndGrow(PruningModifier, abstract=True):
         self._sparsity,self._fraction,self._every,self._drop_func = sparsity,fraction,every,schedule if callable(schedule) else drop_funcs[schedule]
         self._distribution = sparse_init_f or (uniform if self._pattern else erdos_renyi_kernel)
         self.needs_dense_grad = False
+        self._check_criteria(num_grads, keep_f=keep_f, grow_f=grow_f, redistribute_f=redistribute_f or magnitude, sparse_init_f=self._distribution)
         store_attr('keep_f,grow_f,redistribute_f,replace_step,num_grads,grad_decay,mask_type,seed')
+
+    def _check_criteria(self, num_grads, **functions):
+        for name,f in functions.items():
+            if not callable(f): raise TypeError(f"{type(self).__name__}: {name} must be a function, got {f!r}")
+        if num_grads!=int(num_grads): raise ValueError(f"{type(self).__name__}: num_grads must be a whole number, got {num_grads}")
+        if not num_grads and gradient in functions.values(): raise ValueError(f"{type(self).__name__}: num_grads must be at least 1 for the criterion 'gradient', got 0")
 
     def _check_pattern(self, sparsity, mask_type, redistribute_f):
         if sparsity is not None and abs(sparsity-self._pattern)>.01: raise ValueError(f"{type(self).__name__}: the sparsity must be {self._pattern:g} for mask_type {mask_type!r}, got {sparsity}")
@@ -136,12 +149,18 @@ class DropAndGrow(PruningModifier, abstract=True):
     def _start(self, epoch):
         self._started,sparsity = True,self._sparsity
         if self._params and all(p.mask.all() for p in self._params): return self._make_masks(epoch)
+        self._check_masks()
         if sparsity is None: return
         found,numel = sum((~p.mask).sum().item() for p in self._params),sum(p.mask.numel() for p in self._params)
         shares = self._distribution([p.param for p in self._params], sparsity)
         expected = sum(s*p.mask.numel() for s,p in zip(shares, self._params))
         if abs(found-expected)>.01*numel:
             raise ValueError(f"{type(self).__name__}: sparsity {sparsity} was asked for, but the model's masks have {found/numel:.4g}: leave sparsity out to train with these")
+
+    def _check_masks(self):
+        for p in self._params:
+            if type(self.calculator) is Unstructured or _has_pattern(outputs_first(p, p.mask), self.calculator): continue
+            raise ValueError(f"{type(self).__name__}: the mask of {p.name!r} is not of mask_type {self.mask_type!r}: give the one that it was made with")
 
     def _make_masks(self, epoch):
         "Random masks for networks that have not been trained; those of the largest weights later on"
@@ -159,13 +178,16 @@ class DropAndGrow(PruningModifier, abstract=True):
         super().fit_starts()
         self._gathered,self._is_due,self._steps = {},False,self._steps_before(self.resumed_at or 0)
         self._unit = self._every if isinstance(self._every, int) else self._every*len(self.dls.train)
-        self._plan_next(self._clock(self._done+(self.resumed_at or 0)))
+        self._next = self._next_update(self._clock(self._done+(self.resumed_at or 0)))
         start,end = self.window
-        if self._fraction and self._first_update()>(min(end, self._done+self.n_epoch)-start)*len(self.dls.train):
+        if self._fraction and self._first_update()>=(min(end, self._done+self.n_epoch)-start)*len(self.dls.train)-1e-6:
             logger.warning(f"{type(self).__name__}: connections stay as they are, the first update (every={self._every}) lies after the last moment for one")
         if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates = []
 
-    def _first_update(self): return self._unit*(self._batches_a_step() if isinstance(self._every, int) else 1)
+    def _first_update(self):
+        "Batches before that of the first update"
+        first = self._next_update(0)
+        return (first+1)*self._batches_a_step()-1 if isinstance(self._every, int) else first
 
     def _batches_a_step(self):
         accumulation = next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
@@ -177,11 +199,11 @@ class DropAndGrow(PruningModifier, abstract=True):
         "What `every` counts, since the window opened: optimizer steps, or batches"
         return self._steps if isinstance(self._every, int) else round((epoch-self.window[0])*len(self.dls.train))
 
-    def _plan_next(self, clock):
+    def _next_update(self, clock):
         "The next update falls on the first multiple of `every` from `clock` on; if it follows a step, it is planned for that step"
         late = 0 if self.replace_step else 1
         k = max(1, math.ceil((clock+late)/self._unit-1e-6))
-        self._next = math.ceil(k*self._unit-1e-6)-late
+        return math.ceil(k*self._unit-1e-6)-late
 
     def _is_open(self):
         start,end = self.window
@@ -204,6 +226,8 @@ class DropAndGrow(PruningModifier, abstract=True):
     def after_step(self):
         if self._is_due and not self.replace_step: self._exchange()
         self._steps += self._is_reached
+        if self._is_reached: return
+        for p in self._params: p.collect(False)  # mixed precision refused these gradients
 
     def _gather(self):
         "Add this step's dense gradients to those that are averaged"
@@ -219,10 +243,10 @@ class DropAndGrow(PruningModifier, abstract=True):
     @torch.no_grad()
     def _exchange(self):
         "Choose all masks, then change them"
-        share,batch = self.fraction_at(self.now),self.epoch*len(self.dls.train)+self.iter
-        self._plan_next(self._clock(self.now)+1)
-        live = [p for p in self._params if p.param.grad is not None]
-        contexts = [dict(mask=p.mask, grad=self._gathered.get(p.name), generator=seeded(self.seed, batch, p.name)) for p in live]
+        share,batch = check_number(self, 'fraction times what schedule gives', self.fraction_at(self.now), 0, 1),self.epoch*len(self.dls.train)+self.iter
+        self._next = self._next_update(self._clock(self.now)+1)
+        live = [p for p in self._params if p.param.requires_grad and p.param.grad is not None]
+        contexts = [dict(mask=p.mask, grad=self._gathered.get(p.name), generator=seeded(self.seed, round(self.now*self.n_iter), p.name)) for p in live]
         masks = [self._new_mask(p, c, *n) for p,c,n in zip(live, contexts, self.counts(live, contexts, share))]
         self._gathered = {}
         if not self._ever: self._ever = {p.name:p.mask.clone() for p in self._params}
@@ -232,13 +256,16 @@ class DropAndGrow(PruningModifier, abstract=True):
         if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates.append(self._note(batch, share, n_new))
 
     def _new_mask(self, p, context, n_keep, n_total):
-        mask = context['mask']
+        try: return self._ranked(p, context['mask'], context, n_keep, n_total)
+        except ValueError as e: raise ValueError(f"{p.name}: {e}, so that connections can't be ranked") from None
+
+    def _ranked(self, p, mask, context, n_keep, n_total):
         if type(self.calculator) is not Unstructured or mask.is_cuda:
-            return drop_and_grow(mask, _checked(p, self.keep_f, context), _checked(p, self.grow_f, context), n_keep, n_total, self.calculator)
+            turned = [outputs_first(p, t) for t in (mask, _checked(p, self.keep_f, context), _checked(p, self.grow_f, context))]
+            return outputs_first(p, drop_and_grow(*turned, n_keep, n_total, self.calculator))
         drop = partial(pick, _scores(p, self.keep_f, context))
         grow = partial(_draw, context['generator']) if self.grow_f is random_scores else partial(pick, _scores(p, self.grow_f, context))
-        try: return _exchanged(mask, drop, grow, n_keep, n_total)
-        except ValueError as e: raise ValueError(f"{p.name}: {e}, so that connections can't be ranked") from None
+        return _exchanged(mask, drop, grow, n_keep, n_total)
 
     def counts(self, live, contexts, share):
         "How many connections of each layer stay, and how many it has afterwards"
@@ -246,6 +273,8 @@ class DropAndGrow(PruningModifier, abstract=True):
         keep = [n-int(share*n) for n in had]
         if self.redistribute_f is None: return zip(keep, had)
         needs = [_mean(_scores(p, self.redistribute_f, c), c['mask'].flatten()) for p,c in zip(live, contexts)]
+        for p,need in zip(live, needs):
+            if not 0<=need<math.inf: raise ValueError(f"{p.name}: its connections score {need:g} in the mean, so that they can't be redistributed: scores must be finite and not negative")
         return zip(keep, [k+n for k,n in zip(keep, water_fill(sum(had)-sum(keep), needs, [c['mask'].numel()-k for c,k in zip(contexts, keep)]))])
 
     def _note(self, batch, share, n_new):
@@ -258,6 +287,11 @@ class DropAndGrow(PruningModifier, abstract=True):
         return MaskUpdate(batch, self.now, share, {n:1-k/numels[n] for n,k in n_active.items()}, n_new/max(1, sum(n_active.values())), n_ever/sum(numels.values()))
 
 def _count(mask): return int(mask.count_nonzero()) if mask.is_cuda else int(np.count_nonzero(mask.numpy()))
+
+def _has_pattern(mask, calculator):
+    "Does `mask` stay as it is if nothing is exchanged?"
+    try: return drop_and_grow(mask, mask.float(), mask.float(), _count(mask), _count(mask), calculator).equal(mask)
+    except ValueError: return False
 
 def _checked(p, criterion, context):
     scores = criterion(p.weight, **context)

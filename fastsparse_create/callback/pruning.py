@@ -80,7 +80,7 @@ def _refuse_overlaps(learn):
                 raise ValueError(f"{type(a).__name__} (epochs {a0:g} to {a1:g}) and {type(b).__name__} (epochs {b0:g} to {b1:g}) "
                                  f"both prune {both[0]!r}: give them different params, or windows that don't overlap")
 
-# %% ../../nbs/11_callback.pruning.ipynb #12c65d12
+# %% ../../nbs/11_callback.pruning.ipynb #32896707
 _other_scores = {'movement':'MovementPruningModifier', 'MFAC':'MFACPruningModifier', 'OBS':'OBSPruningModifier', 'topkast':'TopKASTPruningModifier'}
 
 class GMPruningModifier(PruningModifier):
@@ -167,10 +167,12 @@ def magnitude_masks(params:list, # `MaskedParam`s
                     is_global:bool, # Does one threshold serve all?
                    )->list: # Masks
     "Masks that cut the smallest weights, those first that are cut already"
-    scores = [_nan_checked(p.name, magnitude(p.param).masked_fill_(~p.mask, -1.)) for p in params]
-    if not is_global: return [calculator(s, t) for s,t in zip(scores, sparsities)]
-    sizes = [s.numel() for s in scores]
-    return global_masks(scores, sum(t*n for t,n in zip(sparsities,sizes))/sum(sizes), calculator)
+    scores = [outputs_first(p, _nan_checked(p.name, magnitude(p.param).masked_fill_(~p.mask, -1.))) for p in params]
+    if is_global:
+        sizes = [s.numel() for s in scores]
+        masks = global_masks(scores, sum(t*n for t,n in zip(sparsities,sizes))/sum(sizes), calculator)
+    else: masks = [calculator(s, t) for s,t in zip(scores, sparsities)]
+    return [outputs_first(p, m) for p,m in zip(params, masks)]
 
 def _check_pattern(owner, calculator, targets, global_sparsity):
     "An N:M pattern fixes the final sparsity, layer by layer"

@@ -213,7 +213,7 @@ class ChannelPermutation:
         "A row for each group"
         return pd.DataFrame([asdict(g) for g in self.groups], columns=['weights','channels','before','after','status'])
 
-# %% ../../nbs/09_permutation.apply.ipynb #c1a5357e
+# %% ../../nbs/09_permutation.apply.ipynb #7a34b57d
 def _apply(model, ema, opt, moves):
     "Permute tensors by `moves`, the `_indices` of one group after the other, and record it"
     belongings = _belongings(model, opt, ema)
@@ -235,7 +235,8 @@ def permute_channels(model:nn.Module, # Any model; it is changed in place
     "Permute channels so that `n`:`m` patterns keep more magnitude, and the model computes what it did"
     if not (isinstance(n, int) and isinstance(m, int) and 1<=n<=m): raise ValueError(f"permute_channels: n of m must be whole numbers with 1 <= n <= m, got n={n!r}, m={m!r}")
     inner,average = _unwrap(model, ema)
-    weights = {k:s.param for k,s in select(inner, params).items() if s.param.ndim>1}
+    sites = {k:s for k,s in select(inner, params).items() if s.param.ndim>1}
+    weights = {k:s.param for k,s in sites.items() if outputs_first(s, s.param) is s.param}
     shares = _Shares(weights, n, m)
     before,rehearsal = shares.of(weights),rehearse(inner, xb)
     groups,reasons = groups_of(rehearsal, list(weights))
@@ -258,4 +259,5 @@ def permute_channels(model:nn.Module, # Any model; it is changed in place
         if k in grouped: continue
         why = reasons.get(k) or _why_not(w, m)
         rows.append(PermutedGroup([k], w.shape[1], shares.of([k]), shares.of([k]), f"frozen: {why}"))
+    for k in sites.keys()-weights.keys(): rows.append(PermutedGroup([k], sites[k].param.shape[0], None, None, "frozen: its inputs lie along dimension 0"))
     return ChannelPermutation(rows, before, shares.of(weights), f'{n}:{m}')
