@@ -72,7 +72,7 @@ class MaskUpdate:
     churn:float # Share of the connections that are new
     ever_active:float # Share of all weights that have been connected at some time ([ITOP](https://arxiv.org/abs/2102.02887)'s R_s)
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #f28be6e7
+# %% ../../nbs/15a_callback.dynamic.ipynb #174a6909
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
@@ -247,7 +247,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         self._next = self._next_update(self._clock(self.now)+1)
         live = [p for p in self._params if p.param.requires_grad and p.param.grad is not None]
         contexts = [dict(mask=p.mask, grad=self._gathered.get(p.name), generator=seeded(self.seed, round(self.now*self.n_iter), p.name)) for p in live]
-        masks = [self._new_mask(p, c, *n) for p,c,n in zip(live, contexts, self.counts(live, contexts, share))]
+        masks = [self.new_mask(p, c, *n) for p,c,n in zip(live, contexts, self.counts(live, contexts, share))]
         self._gathered = {}
         if not self._ever: self._ever = {p.name:p.mask.clone() for p in self._params}
         n_new = sum(_count(m>c['mask']) for m,c in zip(masks, contexts))
@@ -255,7 +255,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         self.learn.mask_enforcer.refresh()
         if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates.append(self._note(batch, share, n_new))
 
-    def _new_mask(self, p, context, n_keep, n_total):
+    def new_mask(self, p, context, n_keep, n_total):
         try: return self._ranked(p, context['mask'], context, n_keep, n_total)
         except ValueError as e: raise ValueError(f"{p.name}: {e}, so that connections can't be ranked") from None
 
