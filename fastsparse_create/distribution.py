@@ -57,7 +57,7 @@ def global_magnitude(params:list, # Parameters, in model order
     masks = global_masks([p.detach().abs() for p in params], model_sparsity)
     return [1-m.sum().item()/max(1,m.numel()) for m in masks]
 
-# %% ../nbs/03_distribution.ipynb #922580d1
+# %% ../nbs/03_distribution.ipynb #0e3b0475
 def water_fill(total:int, # What is shared
                weights:list, # How much each is to get, relative to the others; all 0: equally
                caps:list, # The most that each can take, whole numbers
@@ -65,15 +65,17 @@ def water_fill(total:int, # What is shared
     "Share `total` in proportion to `weights`, none above its cap; raises `ValueError` if the caps can't hold it, or a weight is negative, infinite or NaN"
     if not all(0<=w<inf for w in weights): raise ValueError(f"weights must be finite and not negative, got {list(weights)}")
     if not 0<=total<=sum(caps): raise ValueError(f"{total} can't be shared among caps of {sum(caps)} in all")
+    highest = max(weights, default=0)
+    weights = [w/highest if w else 0 for w in weights]  # their sum must not overflow
     shares,rest,open_ = [0]*len(caps),total,[i for i,w in enumerate(weights) if w>0]
     while open_:
-        level = rest/sum(weights[i] for i in open_)
-        full = [i for i in open_ if level*weights[i]>=caps[i]]
-        if not full: break
+        of_all = sum(weights[i] for i in open_)
+        exact = {i:rest*(weights[i]/of_all) for i in open_}
+        full = [i for i,x in exact.items() if x>=caps[i]]
+        if not full: return _largest_remainders(shares, exact, rest)
         for i in full: shares[i] = caps[i]
         rest -= sum(caps[i] for i in full)
         open_ = [i for i in open_ if i not in full]
-    if open_: return _largest_remainders(shares, {i:level*weights[i] for i in open_}, rest)
     dry = [i for i,w in enumerate(weights) if w==0]
     if rest:
         for i,n in zip(dry, water_fill(rest, [1]*len(dry), [caps[i] for i in dry])): shares[i] = n
