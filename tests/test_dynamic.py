@@ -1,0 +1,466 @@
+"Dynamic sparse training: which connections are exchanged, when, and that nothing else is touched"
+import io,os,subprocess,sys,pytest,torchvision
+import torch.nn.functional as F
+from hypothesis import example,given,settings,strategies as st
+from copy import deepcopy
+from utils import *
+from fastsparse_create.callback.dynamic import *
+from fastsparse_create.callback.dynamic import _exchanged
+from fastsparse_create.callback.dynamic_pruning import *
+from fastsparse_create.callback.pruning import *
+from fastsparse_create.create.manager import *
+from fastsparse_create.criteria import *
+from fastsparse_create.distribution import *
+from fastsparse_create.masks.core import *
+from fastsparse_create.masks.structured import *
+from fastsparse_create.masks.nm import *
+from fastsparse_create.recipe.compile import Recipe
+from fastsparse_create.schedule import drop_funcs
+from fastsparse_create.selection import *
+
+def masks(model): return {p.name:p.mask.clone() for p in masked_params(model)}
+def n_kept(model): return {p.name:int(p.mask.sum()) for p in masked_params(model)}
+def updated_at(learn): return [u.batch for u in learn.recorder.mask_updates]
+
+# how sparse each layer is
+
+def shapes(*sizes): return [torch.empty(s, device='meta') for s in sizes]
+lenet_300,lenet_5 = shapes((300,784),(100,300),(10,100)),shapes((20,1,5,5),(50,20,5,5),(500,800),(10,500))
+
+@pytest.mark.parametrize('params,sparsity,expected', [
+    (shapes((2,4),(3,6),(2,4,6)), .5, [0,.31,.655]), (shapes((2,4),(3,6),(2,4,6)), .8, [.556,.70,.85]), (shapes((2,4),(3,6,7),(7,4)), .5, [0,.64,0]),
+    (lenet_300, .8, [.8378,.5306,0]), (lenet_300, .9, [.9204,.7698,0]), (lenet_300, .95, [.9615,.8887,.0815]),
+    (lenet_300, .98, [.9846,.9555,.6326]), (lenet_300, .99, [.9923,.9777,.8163]),
+    (lenet_5, .9, [0,.9129,.9116,0]), (lenet_5, .95, [.2739,.9625,.9619,0]), (lenet_5, .98, [.7221,.9857,.9854,.5428])])
+def test_published_erk(params, sparsity, expected):
+    "Values of RigL's code and of jaxpruner's tests; for linear layers ER is the same"
+    found = erdos_renyi_kernel(params, sparsity)
+    assert found==pytest.approx(expected, abs=5e-3 if params[0].numel()==8 else 6e-5)
+    if params is lenet_300: assert erdos_renyi(params, sparsity)==pytest.approx(found)
+    total = sum(p.numel() for p in params)
+    assert sum(s*p.numel() for s,p in zip(found, params))==pytest.approx(sparsity*total, abs=len(params)+1)
+
+@pytest.mark.parametrize('name,sparsity,n_layers,n_dense,expected', [
+    ('resnet18', .9, 21, 3, {'conv1':0, 'layer1.0.conv1':.5773, 'layer4.0.conv2':.9492, 'fc':.6566}), ('resnet18', .8, 21, 4, {'fc':.2803}),
+    ('resnet50', .9, 54, 1, {'conv1':.58, 'layer1.0.conv1':0, 'layer4.0.conv2':.9787, 'fc':.9274}), ('resnet50', .8, 54, 8, {'conv1':.1428, 'fc':.8518})])
+def test_published_erk_of_resnets(name, sparsity, n_layers, n_dense, expected):
+    with torch.device('meta'): sites = prunable(getattr(torchvision.models, name)())
+    found = dict(zip(sites, erdos_renyi_kernel([s.param for s in sites.values()], sparsity)))
+    assert len(found)==n_layers and sum(s==0 for s in found.values())==n_dense
+    for layer,s in expected.items(): assert found[f'{layer}.weight']==pytest.approx(s, abs=1e-4), layer
+
+def test_depthwise_and_only_kernels_count():
+    "ER takes channels only, ERK the kernel as well"
+    conv = shapes((64,32,3,3),(32,32,3,3),(16,32,1,1))
+    er,erk = erdos_renyi(conv, .8),erdos_renyi_kernel(conv, .8)
+    assert (1-er[0])/(1-er[1])==pytest.approx((96/(64*32))/(64/(32*32)))
+    assert (1-erk[0])/(1-erk[1])==pytest.approx((102/(64*32*9))/(70/(32*32*9)))
+
+@pytest.mark.parametrize('distribution', [uniform,erdos_renyi,erdos_renyi_kernel])
+@pytest.mark.parametrize('shape,sparsity,ones', [((30,4),.5,60), ((1,2,1,4),.8,2), ((30,1),.1,27)])
+def test_first_masks_are_exact_and_random(distribution, shape, sparsity, ones):
+    model = nn.Module()
+    model.conv = nn.Module()
+    model.conv.weight = nn.Parameter(torch.randn(shape))
+    def _masks(seed):
+        sparsify_model(model, sparsity, ['conv.weight'], distribution, random_scores, seed=seed)
+        return masks(model)['conv.weight']
+    assert int(_masks(0).sum())==ones and _masks(0).equal(_masks(0)) and not _masks(0).equal(_masks(1))
+
+@pytest.mark.parametrize('sparsity', [.5,.8,.9,.98])
+@pytest.mark.parametrize('distribution', [uniform,first_layer_dense_uniform,erdos_renyi,erdos_renyi_kernel])
+def test_masks_that_training_starts_with_are_exact(distribution, sparsity):
+    learn = tiny_learner(mlp(20,40,10), shape=(20,), d_out=10)
+    first = Note('before_batch', lambda cb: n_kept(cb.model), order=60)
+    learn.fit(1, cbs=[RigL(sparsity, sparse_init_f=distribution), first])
+    params = [p.param for p in masked_params(learn.model)]
+    expected = [p.numel()-round(p.numel()*s) for p,s in zip(params, distribution(params, sparsity))]
+    assert list(first.notes[0].values())==expected and first.notes[0]==first.notes[-1]
+
+# what is dropped and what is grown
+
+def drawn(rows): return torch.tensor([[float(c) if c not in '.x' else float(c=='x') for c in r] for r in rows.split()])
+
+@pytest.mark.parametrize('kind,was,keep,grow,n_keep,n_total,expected', [
+    # the smallest connections go, the largest gradients come
+    ('unstructured', 'xx.. ..xx', '4100 0032', '9751 2693', 2, 4, 'xx.. .xx.'),
+    # a position without a connection is never dropped nor kept, however high it scores
+    ('unstructured', 'xx.. ..xx', '4199 9932', '0000 0090', 2, 3, 'xx.. ..x.'),
+    # what was just dropped is grown again where its gradient is the largest
+    ('unstructured', 'xx.. ..xx', '4132 1132', '0900 0008', 2, 4, 'xx.. ..xx'),
+    # among equals: the first stay, the first are grown
+    ('unstructured', 'xxxx ....', '1111 0000', '1111 1111', 2, 4, 'xxxx ....'),
+    ('unstructured', 'xxxx ....', '1111 0000', '0001 1100', 2, 4, 'xx.x x...'),
+    # gradients that are all zero: as many as promised nevertheless, the first ones
+    ('unstructured', '.x.x .x.x', '0204 0103', '0000 0000', 2, 4, 'xx.x ...x'),
+    # nothing to exchange, nothing there, nothing absent
+    ('unstructured', '.x.x .x.x', '0204 0103', '9999 9999', 4, 4, '.x.x .x.x'),
+    ('unstructured', '.... ....', '0000 0000', '9999 9999', 0, 0, '.... ....'),
+    ('unstructured', 'xxxx xxxx', '1234 5678', '1234 5678', 5, 8, 'xxxx xxxx'),
+    # fewer and more than before
+    ('unstructured', 'xxxx ....', '1234 0000', '9000 0000', 1, 2, 'x..x ....'),
+    ('unstructured', 'x... ....', '1000 0000', '0020 0003', 1, 3, 'x.x. ...x'),
+    # 2 of 4: the two that stay take places of their own groups
+    ('2:4', 'xx..xx..', '43009100', '00120034', 3, 4, 'xx..x..x'),
+    ('2:4', 'xx..xx..', '43002100', '00120034', 2, 4, 'xx....xx'),
+    ('2:4', 'xx..xx..', '41002900', '00120034', 2, 4, 'x..x.x.x'),
+    ('2:4', 'xx.. ..xx', '1100 0011', '0000 0000', 0, 4, 'xx.. xx..'),
+    ('2:4', 'xx.. ..xx', '1200 0021', '0090 0900', 2, 4, '.xx. .xx.'),
+    # constant fan-in: both rows keep two
+    ('constant_fan_in', 'xx... ..xx.', '12000 00340', '00900 00009', 2, 4, 'x.x.. ..xx.'),
+    ('constant_fan_in', 'xx... ..xx.', '19000 00840', '00700 70009', 2, 4, '.xx.. ..x.x'),
+    # filters, channels, blocks: as a whole
+    ('filter', 'xx xx .. ..', '11 99 00 00', '00 00 12 43', 2, 4, '.. xx .. xx'),
+    ('filter', 'xx xx .. ..', '11 99 00 00', '70 00 12 43', 2, 4, 'xx xx .. ..'),
+    ('channel', 'x.x. x.x.', '1030 1030', '0102 0102', 2, 4, '..xx ..xx'),
+    ('block4', 'xxxx.... ....xxxx', '11110000 00002222', '00009000 11110000', 4, 8, '....xxxx ....xxxx'),
+    ('[2, 2]', 'xx.. xx.. ..xx ..xx', '1100 1100 0021 0012', '0000 0001 9000 0000', 4, 8, '.... .... xxxx xxxx')])
+def test_drawn_exchanges(kind, was, keep, grow, n_keep, n_total, expected):
+    was,keep,grow,expected = map(drawn, (was,keep,grow,expected))
+    found = drop_and_grow(was.bool(), keep, grow, n_keep, n_total, get_mask_type(kind))
+    assert found.equal(expected.bool()), found.int()
+
+every_shape = pytest.mark.parametrize('shape', [(1,),(5,),(4,5),(2,9,1),(2,2,4,4)], ids=str)
+
+@every_shape
+@pytest.mark.parametrize('sparsity', [0,.5,.95])
+@pytest.mark.parametrize('fraction', [0,.3,1])
+def test_every_shape_keeps_its_number(shape, sparsity, fraction):
+    was = keep_highest(torch.rand(shape), n_zeros(math.prod(shape), sparsity))
+    weight,grad,n = torch.randn(shape)*was,torch.randn(shape),int(was.sum())
+    new = drop_and_grow(was, weight.abs(), grad.abs(), n-int(fraction*n), n)
+    assert new.shape==was.shape and new.dtype==torch.bool and int(new.sum())==n
+    assert new.equal(was) or 0<sparsity and fraction>0
+    dropped,grown = was&~new,new&~was
+    if grown.any():
+        assert weight[dropped].abs().max()<=weight[was].abs().sort().values[int(fraction*n)-1]
+        assert grad[grown].abs().min()>=grad[~was&~new].abs().max()
+
+@pytest.mark.parametrize('shape', [torch.Size((8,10)),torch.Size((6,7)),torch.Size((4,9,3))], ids=str)
+@given(sparsity=st.floats(0, 1), fraction=st.floats(0, 1), seed=st.integers(0, 99))
+@settings(max_examples=15)
+def test_incomplete_blocks_keep_their_number(shape, sparsity, fraction, seed):
+    "The last block of a row may be smaller, the number of blocks is constant"
+    g,kind = torch.Generator().manual_seed(seed),get_mask_type('block4')
+    mask = kind(torch.rand(shape, generator=g), sparsity)
+    def _blocks(m): return int((kind.pool(m.float())>0).sum())
+    n = _blocks(mask)
+    for _ in range(6):
+        had = int(mask.sum())
+        mask = drop_and_grow(mask, torch.rand(shape, generator=g), torch.rand(shape, generator=g), had-int(fraction*had), had, kind)
+        assert _blocks(mask)==n and kind.spread(kind.pool(mask.float())>0, shape).equal(mask)
+
+patterns = {'2:4':lambda m: m.flatten().view(-1,4).sum(1).eq(2).all(), 'constant_fan_in':lambda m: m.flatten(1).sum(1).unique().numel()==1,
+            'filter':lambda m: m.flatten(1).float().mean(1).unique().tolist()==[0,1], 'block4':lambda m: m.view(-1,4).sum(1).unique().tolist()==[0,4],
+            '[2, 2]':lambda m: m.view(8,2,8,2).sum((1,3)).unique().tolist()==[0,4]}
+
+@pytest.mark.parametrize('kind', patterns)
+@pytest.mark.parametrize('method', [RigL,SET])
+def test_patterns_hold_from_the_first_step_to_the_last(kind, method):
+    learn,witness = tiny_learner(n_trn=10, opt_func=Adam, lr=.01),Witness()
+    seen = Note('after_batch', lambda cb: masks(cb.model)['2.weight'])
+    learn.fit(2, cbs=[method(.5, every=3, mask_type=kind, params=['2.weight'], T_end=1., schedule='constant', sparse_init_f=uniform), seen, witness])
+    assert witness.seen==[] and len(updated_at(learn))>=6
+    assert all(patterns[kind](m) and int(m.sum())==128 for m in seen.notes)
+    assert not seen.notes[0].equal(seen.notes[-1])
+
+def test_regrown_connections_keep_value_and_momentum():
+    "All are dropped, and all come back"
+    learn = sparse_learner(.6, opt_func=Adam, n_trn=6)
+    def _same(param, mask, **_): return mask.float()
+    before,after = Note('before_step', state, order=1),Note('after_step', state, order=1000)
+    learn.fit(1, cbs=[RigL(every=5, fraction=1., grow_f=_same, T_end=1.), before, after])
+    assert updated_at(learn)==[5] and learn.recorder.mask_updates[0].churn==0
+    assert same_state(before.notes[5], after.notes[5]) and any(s.count_nonzero() for _,_,slots in after.notes[5].values() for s in slots)
+
+# between layers
+
+@pytest.mark.parametrize('had,zeros,scores,official,exact', [
+    ((100,100,100), (900,900,900), (1,1,2), (38,38,75), [38,37,75]),  # the official code grows 151 for 150 that it drops
+    ((100,400,40), (900,3600,60), (1,.5,3), (110.4,80.4,79.2), [127,63,80]),  # it fills to 99 %, and gives what is left over in equal parts
+    ((23520,3000,100), (211680,27000,900), (.1,.5,2), (5161.25,7209.25,940.5), [2060,10300,950])])
+def test_official_redistribution_and_ours(had, zeros, scores, official, exact):
+    "Shares follow the mean momentum in both; ours are whole, exact in total, and what overflows is shared by the same rule"
+    dropped = [n//2 for n in had]
+    found = water_fill(sum(dropped), scores, [z+d for z,d in zip(zeros, dropped)])
+    assert found==exact and sum(found)==sum(dropped)
+    caps = [.99*(z+d) for z,d in zip(zeros, dropped)]
+    assert [o>=c for o,c in zip(official, caps)]==[f>=c for f,c in zip(found, caps)]
+
+@given(st.lists(st.tuples(st.floats(0, 1.7e308)|st.floats(0, 1), st.integers(0, 10**7)), min_size=1, max_size=8), st.floats(0, 1))
+@example([(5e-324,100)]*2, .1)
+@example([(1.7e308,100)]*3, .1)
+@example([(0.,3),(1.,4)], 1.)
+def test_what_is_shared_is_exact(layers, share):
+    weights,caps = map(list, zip(*layers))
+    total = int(share*sum(caps))
+    found = water_fill(total, weights, caps)
+    assert sum(found)==total and all(type(n) is int and 0<=n<=c for n,c in zip(found, caps))
+    for i,a in enumerate(found):
+        for j,b in enumerate(found):
+            if weights[i]>=weights[j] and caps[i]>a: assert a>=b-1, (i,j)
+
+def test_bad_shares():
+    for weights in ([1,-1],[1,math.nan],[1,math.inf]):
+        with pytest.raises(ValueError, match='finite and not negative'): water_fill(2, weights, [4,4])
+    with pytest.raises(ValueError, match="can't be shared among caps of 8"): water_fill(9, [1,1], [4,4])
+
+def test_dense_layer_becomes_sparse_again():
+    "Connections first flow to the last layer until it is full, then out of it"
+    learn,turns = sparse_learner(.6, n_trn=10),[]
+    def _needs(param, mask, **_):
+        turns.append(param.shape)
+        wanted = (param.shape[0]==2)==(len(turns)<=9)
+        return torch.full_like(param, float(wanted))
+    total = sum(n_kept(learn.model).values())
+    learn.fit(2, cbs=SNFS(every=2, redistribute_f=_needs, schedule='constant', T_end=1.))
+    last = [u.sparsities['4.weight'] for u in learn.recorder.mask_updates]
+    assert last[2]==0 and last[-1]>.8 and sum(n_kept(learn.model).values())==total and violations(learn.model, learn.opt)==[]
+
+def test_windowed_mean_is_close_to_the_endless_one():
+    "The 44 last gradients hold 99 % of a running mean with decay .9"
+    learn,dst,errors,mean = sparse_learner(.6, n_trn=60),SNFS(every=50, T_end=1.),[],{}
+    def _add(cb):
+        for p in masked_params(cb.model): mean[p.name] = .9*mean.get(p.name, 0)+p.param.grad
+    def _compare(cb):
+        if cb.iter in (48,) or not dst._is_due: return
+        errors.extend(((dst._gathered[n]-m).norm()/m.norm()).item() for n,m in mean.items())
+    learn.fit(2, cbs=[dst, Note('before_step', _add, order=10.3), Note('after_step', _compare, order=10.1)])
+    assert len(errors)==6 and 0<max(errors)<.05
+
+# invariants, after every step
+
+def state(cb): return {p.name:(p.mask.clone(), p.param.detach().clone(), [m.clone() for m in memory(cb.opt, p.param)]) for p in masked_params(cb.model)}
+
+def same_state(a, b):
+    return a.keys()==b.keys() and all(m.equal(m2) and w.equal(w2) and all(x.equal(y) for x,y in zip(s,s2)) for (m,w,s),(m2,w2,s2) in zip(a.values(), b.values()))
+
+@trusted
+class Before(Callback):
+    "Looks just before the exchange"
+    def __init__(self, event): self.order = 1 if event=='before_step' else 10.15; setattr(self, event, self._look)
+    def _look(self): self.last = state(self)
+
+@trusted
+class Watch(Callback):
+    "Looks just after it, and remembers what it saw"
+    order,run_valid = 1000,False
+    def __init__(self, before, total_only=False, shrinks=False): store_attr()
+    def before_fit(self): self.n,self.masks,self.n_updates,self.steps = None,None,0,0
+    def before_batch(self):
+        if self.n is None: self.n,self.masks = n_kept(self.model),masks(self.model)
+    def after_step(self):
+        self.steps += 1
+        assert violations(self.model, self.opt)==[]
+        self._count(n_kept(self.model))
+        updates = self.recorder.mask_updates
+        if len(updates)==self.n_updates: assert same(masks(self.model), self.masks), 'masks changed without an update'
+        else: self._compare(updates[-1])
+        self.masks,self.n_updates = masks(self.model),len(updates)
+
+    def _count(self, n):
+        if self.shrinks: assert all(n[k]<=self.n[k] for k in n)
+        elif self.total_only: assert sum(n.values())==sum(self.n.values())
+        else: assert n==self.n
+
+    def _compare(self, update):
+        n_new,n = 0,0
+        for name,(mask,w,slots) in state(self).items():
+            mask0,w0,slots0 = self.before.last[name]
+            kept,new = mask&mask0,mask&~mask0
+            for now,then in zip([w,*slots], [w0,*slots0]):
+                assert now[kept].equal(then[kept]) and now[new].count_nonzero()==0 and now[~mask].count_nonzero()==0, name
+            assert len(slots)==len(slots0)
+            if name in update.sparsities: assert update.sparsities[name]==pytest.approx(1-mask.float().mean().item())
+            n_new,n = n_new+int(new.sum()),n+int(mask.sum())
+        assert update.churn==pytest.approx(n_new/max(1, n)) and 0<=update.fraction<=1 and 0<update.ever_active<=1
+
+def watched(learn, method, *cbs, epochs=3, **kwargs):
+    before = Before('before_step' if getattr(method, 'replace_step', True) else 'after_step')
+    watch = Watch(before, **kwargs)
+    learn.fit(epochs, cbs=[method, before, watch, *cbs])
+    return watch
+
+@trusted
+class Overflow(Callback):
+    "Like `MixedPrecision` that finds inf in some gradients: no step, but `after_step` follows"
+    order,run_valid = 10,False
+    def __init__(self, *at): self.at = at
+    def before_step(self):
+        if self.epoch*self.n_iter+self.iter in self.at:
+            for p in self.model.parameters(): p.grad.fill_(math.inf)
+            raise CancelStepException()
+
+def wrapped(opt, **kwargs): return partial(OptimWrapper, opt=partial(opt, **kwargs))
+optimizers = dict(sgd=partial(SGD, mom=.9), adam=Adam, ranger=ranger, lamb=Lamb, torch_sgd=wrapped(torch.optim.SGD, momentum=.9, weight_decay=.01), torch_adamw=wrapped(torch.optim.AdamW))
+methods = dict(set=(SET,{}), snfs=(partial(SNFS, num_grads=2),dict(total_only=True)), rigl=(RigL,{}),
+               granet=(lambda s,every,sparse_init_f: GraNetPruningModifier(s-.2, s+.3, 0, 2.5, every/8, sparsity_strategy=sparse_init_f.__name__),dict(shrinks=True)))
+surroundings = dict(alone=lambda: [], accumulation=lambda: [GradientAccumulation(16)], clip=lambda: [GradientClip(.05)], overflow=lambda: [Overflow(2,3,8,9)],
+                    half=lambda: [MixedPrecision()], all=lambda: [MixedPrecision(), GradientAccumulation(24), GradientClip(.05), Stranger()])
+distributions = [uniform,first_layer_dense_uniform,erdos_renyi,erdos_renyi_kernel]
+
+def grid():
+    "Each method with each optimizer in two of the surroundings, all distributions in turn"
+    for i,m in enumerate(methods):
+        for j,o in enumerate(optimizers):
+            for k in (0,1): yield m,o,list(surroundings)[(2*i+j+3*k)%6],distributions[(i+j+k)%4]
+
+@pytest.mark.parametrize('method,opt,around,distribution', grid())
+def test_invariants_after_every_step(method, opt, around, distribution):
+    make,promise = methods[method]
+    learn = tiny_learner(mlp(), opt_func=optimizers[opt], n_trn=8, lr=.01)
+    watch = watched(learn, make(.6, every=3, sparse_init_f=distribution), *surroundings[around](), **promise)
+    assert watch.n_updates>=(1 if around=='all' else 2) and watch.steps>=8
+
+class Zoo(nn.Module):
+    "Layers of many kinds, each with an input of its own"
+    def __init__(self, a, b, kernel, vocab):
+        super().__init__()
+        self.linear,self.conv1,self.conv2 = nn.Linear(a,b),nn.Conv1d(a,b,kernel,padding=kernel),nn.Conv2d(a,b,(kernel,1),padding=kernel)
+        self.embedding,self.gru,self.attention = nn.Embedding(vocab,b),nn.GRU(a,b,batch_first=True),nn.MultiheadAttention(2*a,2,batch_first=True)
+        self.a,self.bias = a,nn.Parameter(torch.zeros(2))
+    def forward(self, x):
+        x = x.repeat(1, self.a)
+        seq,pair,image = x.view(len(x),-1,self.a),x[:,:2*self.a,None].transpose(1,2),x.view(len(x),self.a,2,2)
+        ids = (x.abs()*3).long()%self.embedding.num_embeddings
+        outs = [self.linear(seq),self.conv1(seq.transpose(1,2)),self.conv2(image),self.embedding(ids),self.gru(seq)[0],self.attention(pair,pair,pair)[0]]
+        return torch.stack([o.tanh().flatten(1).mean(1) for o in outs], 1).sum(1, keepdim=True)+self.bias
+
+names = ['linear.weight','conv1.weight','conv2.weight','embedding.weight','gru','attention']
+
+@given(a=st.integers(1, 5), b=st.integers(1, 9), kernel=st.integers(1, 3), vocab=st.integers(1, 12), every=st.integers(1, 9)|st.floats(.05, 1.5), T_end=st.floats(.1, 1),
+       fraction=st.floats(0, 1), schedule=st.sampled_from(list(drop_funcs)), sparsity=st.floats(0, .98), method=st.sampled_from(['set','rigl','snfs']),
+       distribution=st.sampled_from(distributions), opt=st.sampled_from(['sgd','adam','torch_adamw']), accumulate=st.booleans())
+@settings(max_examples=40)
+def test_invariants_of_all_layers_and_schedules(a, b, kernel, vocab, every, T_end, fraction, schedule, sparsity, method, distribution, opt, accumulate):
+    make,promise = methods[method]
+    torch.manual_seed(0)
+    learn = tiny_learner(Zoo(a,b,kernel,vocab), opt_func=optimizers[opt], n_trn=6, bs=4, lr=.01)
+    dst = make(sparsity, every=every, T_end=T_end, fraction=fraction, schedule=schedule, sparse_init_f=distribution, params=names)
+    watch = watched(learn, dst, *([GradientAccumulation(8)] if accumulate else []), epochs=2, **promise)
+    assert len(masked_params(learn.model))==8
+    for u in learn.recorder.mask_updates: assert u.batch/6<2*T_end and u.fraction<=fraction and u.batch+(not dst.replace_step)>=(every if isinstance(every,int) else every*6)-1e-6
+
+# when
+
+def due(every, n_iter, n_epoch, T_end, late):
+    "Multiples of `every`, the first after as many steps; an update that follows a step comes right after the last of these"
+    unit = every if isinstance(every, int) else every*n_iter
+    multiples = sorted({math.ceil(k*unit-1e-6) for k in range(1, 1+int(n_iter*n_epoch/unit)+1)})
+    return [m-late for m in multiples if m-late<T_end*n_epoch*n_iter-1e-9 and m-late<n_iter*n_epoch]
+
+@pytest.mark.parametrize('method', [RigL,SET])
+@pytest.mark.parametrize('every', [1,3,5,29,.25,.5,1.,.77,1.5])
+@pytest.mark.parametrize('T_end', [.3,.75,1.])
+def test_updates_fall_on_multiples(method, every, T_end):
+    learn = tiny_learner(n_trn=10)
+    learn.fit(3, cbs=method(.6, every=every, T_end=T_end))
+    assert updated_at(learn)==due(every, 10, 3, T_end, method is SET)
+    assert [u.epoch for u in learn.recorder.mask_updates]==pytest.approx([b/10 for b in updated_at(learn)])
+
+@pytest.mark.parametrize('schedule,f', [('cosine',lambda x: (1+math.cos(math.pi*x))/2), ('constant',lambda x: 1), ('linear',lambda x: 1-x), ('exponential',lambda x: (1-x)**3), (lambda x: x,lambda x: x)])
+def test_fraction_falls_until_T_end(schedule, f):
+    learn = tiny_learner(n_trn=10)
+    learn.fit(4, cbs=RigL(.6, every=4, schedule=schedule))
+    assert [u.fraction for u in learn.recorder.mask_updates]==pytest.approx([.3*f(b/30) for b in range(4, 30, 4)])
+
+@pytest.mark.parametrize('method', [RigL,SET,SNFS])
+def test_fraction_0_is_static(method):
+    learn = sparse_learner(.6, n_trn=10)
+    before = masks(learn.model)
+    learn.fit(2, cbs=method(every=2, fraction=0.))
+    assert same(before, masks(learn.model)) and updated_at(learn)==[]
+
+def test_dense_network_stays_dense():
+    learn = tiny_learner(n_trn=10)
+    watch = watched(learn, RigL(0., every=3))
+    assert watch.n_updates>0 and n_masked(learn.model)==0
+
+@pytest.mark.parametrize('method', [RigL,SET])
+def test_accumulation_counts_steps(method):
+    learn = tiny_learner(n_trn=10)
+    learn.fit(4, cbs=[method(.6, every=3, T_end=1.), GradientAccumulation(16)])
+    assert updated_at(learn)==[2*b+1 for b in due(3, 20, 1, 1., method is SET)]
+
+@pytest.mark.parametrize('method', [RigL,partial(SNFS, num_grads=2)], ids=['rigl','snfs'])
+def test_accumulation_is_a_larger_batch(method):
+    "The same connections and, to rounding, the same weights"
+    def _run(bs, *cbs):
+        learn = tiny_learner(mlp().double(), dls=tiny_dls(80//bs, bs, dtype=torch.float64))
+        learn.fit(4, cbs=[method(.6, every=2, T_end=1., schedule='constant'), *cbs])
+        return learn
+    small,large = _run(8, GradientAccumulation(16)),_run(16)
+    assert len(updated_at(small))==len(updated_at(large))>8 and same(masks(small.model), masks(large.model))
+    for a,b in zip(small.model.parameters(), large.model.parameters()): torch.testing.assert_close(a, b)
+
+@pytest.mark.parametrize('every', [5,.5])
+def test_overflow_leaves_the_update_pending(every):
+    learn = tiny_learner(n_trn=10)
+    watched(learn, RigL(.6, every=every, T_end=1.), Overflow(5,6,7,13))
+    assert updated_at(learn)==([8,10,15,20,25] if every==.5 else [8,14,19,24,29])
+
+def test_update_replaces_the_step():
+    learn,steps = sparse_learner(.6, n_trn=10, opt_func=Adam),[]
+    learn.create_opt()
+    step = learn.opt.step
+    learn.opt.step = lambda *args,**kwargs: (steps.append(learn.epoch*10+learn.iter), step(*args, **kwargs))
+    biases = Note('after_batch', lambda cb: [p.detach().clone() for p in cb.model.parameters() if p.ndim==1])
+    left = Note('after_batch', lambda cb: max([0.]+[p.grad.abs().max().item() for p in cb.model.parameters() if p.grad is not None]))
+    learn.fit(2, cbs=[RigL(every=4, T_end=1.), biases, left])
+    assert updated_at(learn)==[4,8,12,16] and steps==[b for b in range(20) if b not in (4,8,12,16)] and set(left.notes)=={0.}
+    for b in range(1, 20): assert all(x.equal(y) for x,y in zip(biases.notes[b-1], biases.notes[b]))==(b in (4,8,12,16))
+
+def test_clipping_sees_masked_gradients():
+    learn,norms = tiny_learner(n_trn=10),[]
+    def _norm(cb): return torch.stack([p.grad.norm() for p in cb.model.parameters()]).norm().item()
+    def _masked(cb): return math.sqrt(sum((p.grad*masks(cb.model).get(n, torch.ones(()))).square().sum().item() for n,p in cb.model.named_parameters()))
+    dense,before,after = Note('before_step', _masked, order=10.3),Note('before_step', _norm, order=10.9),Note('before_step', _norm, order=11.5)
+    learn.fit(2, cbs=[RigL(.9, every=4), GradientClip(.1), dense, before, after])
+    dense.notes = [n for b,n in enumerate(dense.notes) if b not in updated_at(learn)]
+    assert len(before.notes)==20-len(updated_at(learn)) and before.notes==pytest.approx(dense.notes) and after.notes==pytest.approx([min(.1, n) for n in before.notes], rel=1e-4)
+
+def test_two_callbacks_share_a_replaced_step():
+    learn = tiny_learner(n_trn=10)
+    first,second = RigL(.6, every=4, params=['0.weight']),RigL(.8, every=4, params=['2.weight'])
+    seen,steps = Note('after_batch', lambda cb: masks(cb.model)),Note('before_step', lambda cb: cb.iter, order=12)
+    learn.fit(2, cbs=[first, second, seen, steps, Witness()])
+    assert updated_at(learn)==[4,4,8,8,12,12] and len(steps.notes)==17 and violations(learn.model, learn.opt)==[]
+    for b in range(1, 20):
+        changed = [n for n in seen.notes[0] if not seen.notes[b][n].equal(seen.notes[b-1][n])]
+        assert changed==(['0.weight','2.weight'] if b in (4,8,12) else []) or b==12
+
+def test_frozen_layers_are_untouched_whatever_gradient_is_left():
+    "Layers that trained before, with gradients of 0 left over, are frozen all the same"
+    for method in (RigL,SET,SNFS):
+        learn = sparse_learner(.6, n_trn=10, splitter=halves, cbs=Stranger())
+        learn.fit(1)
+        learn.freeze()
+        assert learn.model[0].weight.grad is not None
+        before,w = masks(learn.model),weights(learn.model)
+        learn.fit(2, cbs=method(every=4, T_end=1.))
+        assert learn.model[0].weight_mask.equal(before['0.weight']) and learn.model[0].weight.equal(w['0.weight']) and not learn.model[4].weight_mask.equal(before['4.weight'])
+
+def test_looking_changes_nothing():
+    def _run(look):
+        learn,rigl = tiny_learner(n_trn=10),RigL(.6, every=4)
+        learn.add_cb(rigl)
+        learn.fit(2)
+        look(learn)
+        learn.fit(2)
+        return weights(learn.model),masks(learn.model)
+    plain = _run(noop)
+    for look in (lambda l: l.validate(), lambda l: l.get_preds(), lambda l: l.lr_find(show_plot=False, num_it=12), lambda l: l.get_preds(ds_idx=0)):
+        assert all(same(a, b) for a,b in zip(plain, _run(look)))
+
+def test_looking_at_the_end_of_an_epoch_changes_nothing():
+    def _run(look):
+        learn = tiny_learner(n_trn=10)
+        busy = []
+        def _look(cb):
+            if busy: return
+            busy.append(1)
+            with learn.no_logging(): look(learn)
+            busy.clear()
+        learn.fit(3, cbs=[RigL(.6, every=4), Note('after_train', _look)])
+        return masks(learn.model)
+    assert same(_run(noop), _run(lambda l: l.model.eval()(torch.randn(3,4))))
