@@ -23,7 +23,7 @@ from ..sparse.linear import *
 from ..selection import *
 from ..sparsify import *
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #71f28bef
+# %% ../../nbs/15a_callback.dynamic.ipynb #accdf829
 def drop_and_grow(mask:Tensor, # Boolean, True where there is a connection
                   keep_scores:Tensor, # Of the mask's shape; the highest of what is connected stay
                   grow_scores:Tensor, # Of the mask's shape; the highest of all the others are grown
@@ -38,7 +38,7 @@ def drop_and_grow(mask:Tensor, # Boolean, True where there is a connection
     if type(mask_type) is Unstructured: return kept | _best_of(~kept, grow_scores, n_total-int(kept.count_nonzero()))
     return mask_type(grow_scores.masked_fill(kept, math.inf), 1-n_total/mask.numel())
 
-def _as_array(x): return (x if x.dtype in (torch.float32,torch.float64) else x.float()).detach().flatten().numpy()
+def _as_array(x): return (x if x.dtype in (torch.float32,torch.float64) else x.float()).detach().flatten().cpu().numpy()
 
 def _exchanged(mask, drop, grow, n_keep, n_total):
     "`drop` and `grow` choose from what is eligible, in arrays"
@@ -72,7 +72,7 @@ class MaskUpdate:
     churn:float # Share of the connections that are new
     ever_active:float # Share of all weights that have been connected at some time ([ITOP](https://arxiv.org/abs/2102.02887)'s R_s)
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #174a6909
+# %% ../../nbs/15a_callback.dynamic.ipynb #5a79cc05
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
@@ -150,7 +150,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         self._started,sparsity = True,self._sparsity
         if self._params and all(p.mask.all() for p in self._params): return self._make_masks(epoch)
         self._check_masks()
-        if sparsity is None: return
+        if sparsity is None or self.resumed_at: return
         found,numel = sum((~p.mask).sum().item() for p in self._params),sum(p.mask.numel() for p in self._params)
         shares = self._distribution([p.param for p in self._params], sparsity)
         expected = sum(s*p.mask.numel() for s,p in zip(shares, self._params))
@@ -159,8 +159,13 @@ class DropAndGrow(PruningModifier, abstract=True):
 
     def _check_masks(self):
         for p in self._params:
-            if type(self.calculator) is Unstructured or _has_pattern(outputs_first(p, p.mask), self.calculator): continue
+            if type(self.calculator) is Unstructured or self.has_pattern(outputs_first(p, p.mask)): continue
             raise ValueError(f"{type(self).__name__}: the mask of {p.name!r} is not of mask_type {self.mask_type!r}: give the one that it was made with")
+
+    def has_pattern(self, mask):
+        "Is it a mask that stays as it is if nothing is exchanged?"
+        try: return drop_and_grow(mask, mask.float(), mask.float(), _count(mask), _count(mask), self.calculator).equal(mask)
+        except ValueError: return False
 
     def _make_masks(self, epoch):
         "Random masks for networks that have not been trained; those of the largest weights later on"
@@ -247,7 +252,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         self._next = self._next_update(self._clock(self.now)+1)
         live = [p for p in self._params if p.param.requires_grad and p.param.grad is not None]
         contexts = [dict(mask=p.mask, grad=self._gathered.get(p.name), generator=seeded(self.seed, round(self.now*self.n_iter), p.name)) for p in live]
-        masks = [self.new_mask(p, c, *n) for p,c,n in zip(live, contexts, self.counts(live, contexts, share))]
+        masks = [self._named_mask(p, c, *n) for p,c,n in zip(live, contexts, self.counts(live, contexts, share))]
         self._gathered = {}
         if not self._ever: self._ever = {p.name:p.mask.clone() for p in self._params}
         n_new = sum(_count(m>c['mask']) for m,c in zip(masks, contexts))
@@ -255,11 +260,12 @@ class DropAndGrow(PruningModifier, abstract=True):
         self.learn.mask_enforcer.refresh()
         if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates.append(self._note(batch, share, n_new))
 
-    def new_mask(self, p, context, n_keep, n_total):
-        try: return self._ranked(p, context['mask'], context, n_keep, n_total)
-        except ValueError as e: raise ValueError(f"{p.name}: {e}, so that connections can't be ranked") from None
+    def _named_mask(self, p, *args):
+        try: return self.new_mask(p, *args)
+        except ValueError as e: raise ValueError(f"{p.name}: connections can't be ranked, {e}") from None
 
-    def _ranked(self, p, mask, context, n_keep, n_total):
+    def new_mask(self, p, context, n_keep, n_total):
+        mask = context['mask']
         if type(self.calculator) is not Unstructured or mask.is_cuda:
             turned = [outputs_first(p, t) for t in (mask, _checked(p, self.keep_f, context), _checked(p, self.grow_f, context))]
             return outputs_first(p, drop_and_grow(*turned, n_keep, n_total, self.calculator))
@@ -288,14 +294,9 @@ class DropAndGrow(PruningModifier, abstract=True):
 
 def _count(mask): return int(mask.count_nonzero()) if mask.is_cuda else int(np.count_nonzero(mask.numpy()))
 
-def _has_pattern(mask, calculator):
-    "Does `mask` stay as it is if nothing is exchanged?"
-    try: return drop_and_grow(mask, mask.float(), mask.float(), _count(mask), _count(mask), calculator).equal(mask)
-    except ValueError: return False
-
 def _checked(p, criterion, context):
     scores = criterion(p.weight, **context)
-    if scores.shape!=context['mask'].shape: raise ValueError(f"{p.name}: {getattr(criterion, '__name__', criterion)} gave scores of shape {tuple(scores.shape)}, expected {tuple(context['mask'].shape)}")
+    if scores.shape!=context['mask'].shape: raise ValueError(f"{getattr(criterion, '__name__', criterion)} gave scores of shape {tuple(scores.shape)}, expected {tuple(context['mask'].shape)}")
     return scores
 
 def _scores(p, criterion, context):

@@ -153,7 +153,7 @@ class GraNetPruningModifier(_DynamicModifier):
         totals = [int(m.sum()) for m in self.pruned(self.now+1/self.n_iter, live)]
         return [(n-int(share*n),n) for n in totals]
 
-# %% ../../nbs/15b_callback.dynamic_pruning.ipynb #7a226af1
+# %% ../../nbs/15b_callback.dynamic_pruning.ipynb #3ecfe345
 class SRigLPruningModifier(_DynamicModifier):
     "RigL with a constant fan-in, that gives up units with few salient connections ([paper](https://arxiv.org/abs/2305.02299))"
     def __init__(self,
@@ -172,6 +172,8 @@ class SRigLPruningModifier(_DynamicModifier):
         super().__init__(RigL_kwargs, _check_sparsity(self, 'final_sparsity', final_sparsity), start_epoch, end_epoch, update_frequency, params, leave_enabled,
                          'constant_fan_in', sparsity_strategy, init_update_fraction, schedule, seed)
         self.final_sparsity,self.min_salient = final_sparsity,check_number(self, 'min_salient', min_salient, 0, 1)
+
+    def has_pattern(self, mask): return super().has_pattern(mask[mask.flatten(1).any(1)])  # units that were given up have no connections
 
     def new_mask(self, p, context, n_keep, n_total):
         if p is self._params[-1]: return super().new_mask(p, context, n_keep, n_total)
