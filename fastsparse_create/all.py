@@ -17,6 +17,7 @@ from .callback.training import *
 from .callback.dynamic import *
 from .callback.dynamic_pruning import *
 from .sparsify import *
+from .sparse.linear import *
 from .asp import *
 from .recipe.expression import RecipeError
 from .recipe.compile import *
@@ -27,3 +28,5 @@ from .flops import *
 from .plots import *
 from .mask_plots import *
 from .export import *
+from .sparse.inference import *
+from .compact import *

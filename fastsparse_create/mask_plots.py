@@ -19,7 +19,7 @@ from .plots import as_percent,pooled,show_pixels,stacked_panels
 from .selection import *
 from .sparse.linear import sparse_params
 
-# %% ../nbs/33_mask_plots.ipynb #be64c5b4
+# %% ../nbs/33_mask_plots.ipynb #4ca62631
 @patch
 def plot_mask_updates(self:Recorder,
                       ax=None, # Axes to draw in; default: a new figure
@@ -33,7 +33,7 @@ def plot_mask_updates(self:Recorder,
     _draw_shares(moves, batches, {'dropped':[u.fraction for u in updates], 'new':[u.churn for u in updates]})
     moves.set(ylabel='connections', ylim=(0,1.1*max(.01, *(max(u.fraction, u.churn) for u in updates))))
     _draw_shares(ever, batches, {'':[u.ever_active for u in updates]})
-    ever.set_ylabel('ever connected')
+    ever.set(ylabel='ever connected', ylim=(0,1.1*updates[-1].ever_active))
     n = max(len(self.lrs), batches[-1]+1)
     _draw_layers(layers, [*batches,n], {k:[u.sparsities[k] for u in updates] for k in updates[0].sparsities})
     layers.set(xlabel='batch', xlim=(0,n))
