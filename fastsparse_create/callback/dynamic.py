@@ -72,7 +72,7 @@ class MaskUpdate:
     churn:float # Share of the connections that are new
     ever_active:float # Share of all weights that have been connected at some time ([ITOP](https://arxiv.org/abs/2102.02887)'s R_s)
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #5a79cc05
+# %% ../../nbs/15a_callback.dynamic.ipynb #c3a6ea61
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
@@ -258,7 +258,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         n_new = sum(_count(m>c['mask']) for m,c in zip(masks, contexts))
         for p,mask in zip(live, masks): p.rewire(mask, self.opt)
         self.learn.mask_enforcer.refresh()
-        if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates.append(self._note(batch, share, n_new))
+        if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates.append(self._note(batch, share, n_new, {p.name:m for p,m in zip(live, masks)}))
 
     def _named_mask(self, p, *args):
         try: return self.new_mask(p, *args)
@@ -269,7 +269,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         if type(self.calculator) is not Unstructured or mask.is_cuda:
             turned = [outputs_first(p, t) for t in (mask, _checked(p, self.keep_f, context), _checked(p, self.grow_f, context))]
             return outputs_first(p, drop_and_grow(*turned, n_keep, n_total, self.calculator))
-        drop = partial(pick, _scores(p, self.keep_f, context))
+        drop = _stored_picker(p, self.keep_f, context) if isinstance(p, SparseParam) and _is_elementwise(self.keep_f) else partial(pick, _scores(p, self.keep_f, context))
         grow = partial(_draw, context['generator']) if self.grow_f is random_scores else partial(pick, _scores(p, self.grow_f, context))
         return _exchanged(mask, drop, grow, n_keep, n_total)
 
@@ -283,11 +283,11 @@ class DropAndGrow(PruningModifier, abstract=True):
             if not 0<=need<math.inf: raise ValueError(f"{p.name}: its connections score {need:g} in the mean, so that they can't be redistributed: scores must be finite and not negative")
         return zip(keep, [k+n for k,n in zip(keep, water_fill(sum(had)-sum(keep), needs, [c['mask'].numel()-k for c,k in zip(contexts, keep)]))])
 
-    def _note(self, batch, share, n_new):
+    def _note(self, batch, share, n_new, masks):
         "What an update has done"
         n_active,n_ever,numels = {},0,{}
         for p in self._params:
-            mask,ever = p.mask,self._ever[p.name]
+            mask,ever = masks[p.name] if p.name in masks else p.mask,self._ever[p.name]
             ever |= mask
             n_active[p.name],n_ever,numels[p.name] = _count(mask),n_ever+_count(ever),mask.numel()
         return MaskUpdate(batch, self.now, share, {n:1-k/numels[n] for n,k in n_active.items()}, n_new/max(1, sum(n_active.values())), n_ever/sum(numels.values()))
@@ -301,7 +301,15 @@ def _checked(p, criterion, context):
 
 def _scores(p, criterion, context):
     "The scores of a layer, as an array or what gives one for a slice"
-    return _LazyScores(criterion, p.weight, context['grad']) if getattr(criterion, 'is_elementwise', False) else _as_array(_checked(p, criterion, context))
+    return _LazyScores(criterion, p.weight, context['grad']) if _is_elementwise(criterion) else _as_array(_checked(p, criterion, context))
+
+def _is_elementwise(criterion): return getattr(criterion, 'is_elementwise', False)
+
+def _stored_picker(p, criterion, context):
+    "Chooses among the connections of a sparse layer, whose weights need not be looked up in a dense one"
+    where,grad = p.layer.positions,context['grad']
+    scores = _LazyScores(criterion, p.param.detach(), None if grad is None else grad.flatten()[where])
+    return lambda _,n,lowest: where.numpy()[pick(scores, np.ones(len(where), bool), n, lowest)]
 
 def _mean(scores, mask, step=1<<17):
     "Mean score of what `mask` keeps; 0 if that is nothing"
