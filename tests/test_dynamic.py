@@ -1,8 +1,6 @@
 "Dynamic sparse training: which connections are exchanged, when, and that nothing else is touched"
-import io,os,subprocess,sys,pytest,torchvision
-import torch.nn.functional as F
+import os,subprocess,sys,pytest,torchvision
 from hypothesis import example,given,settings,strategies as st
-from copy import deepcopy
 from utils import *
 from fastsparse_create.callback.dynamic import *
 from fastsparse_create.callback.dynamic import _exchanged
@@ -223,8 +221,7 @@ def test_windowed_mean_is_close_to_the_endless_one():
     def _add(cb):
         for p in masked_params(cb.model): mean[p.name] = .9*mean.get(p.name, 0)+p.param.grad
     def _compare(cb):
-        if cb.iter in (48,) or not dst._is_due: return
-        errors.extend(((dst._gathered[n]-m).norm()/m.norm()).item() for n,m in mean.items())
+        if dst._is_due: errors.extend(((dst._gathered[n]-m).norm()/m.norm()).item() for n,m in mean.items())
     learn.fit(2, cbs=[dst, Note('before_step', _add, order=10.3), Note('after_step', _compare, order=10.1)])
     assert len(errors)==6 and 0<max(errors)<.05
 
@@ -331,7 +328,7 @@ names = ['linear.weight','conv1.weight','conv2.weight','embedding.weight','gru',
 @given(a=st.integers(1, 5), b=st.integers(1, 9), kernel=st.integers(1, 3), vocab=st.integers(1, 12), every=st.integers(1, 9)|st.floats(.05, 1.5), T_end=st.floats(.1, 1),
        fraction=st.floats(0, 1), schedule=st.sampled_from(list(drop_funcs)), sparsity=st.floats(0, .98), method=st.sampled_from(['set','rigl','snfs']),
        distribution=st.sampled_from(distributions), opt=st.sampled_from(['sgd','adam','torch_adamw']), accumulate=st.booleans())
-@settings(max_examples=40)
+@settings(max_examples=30)
 def test_invariants_of_all_layers_and_schedules(a, b, kernel, vocab, every, T_end, fraction, schedule, sparsity, method, distribution, opt, accumulate):
     make,promise = methods[method]
     torch.manual_seed(0)
@@ -351,7 +348,7 @@ def due(every, n_iter, n_epoch, T_end, late):
 
 @pytest.mark.parametrize('method', [RigL,SET])
 @pytest.mark.parametrize('every', [1,3,5,29,.25,.5,1.,.77,1.5])
-@pytest.mark.parametrize('T_end', [.3,.75,1.])
+@pytest.mark.parametrize('T_end', [.3,1.])
 def test_updates_fall_on_multiples(method, every, T_end):
     learn = tiny_learner(n_trn=10)
     learn.fit(3, cbs=method(.6, every=every, T_end=T_end))
@@ -464,3 +461,406 @@ def test_looking_at_the_end_of_an_epoch_changes_nothing():
         learn.fit(3, cbs=[RigL(.6, every=4), Note('after_train', _look)])
         return masks(learn.model)
     assert same(_run(noop), _run(lambda l: l.model.eval()(torch.randn(3,4))))
+
+# one seed, one network
+
+def trained(cbs, fit=lambda learn,cbs: learn.fit(4, cbs=cbs), **kwargs):
+    learn = tiny_learner(n_trn=10, **kwargs)
+    learn.recorder.train_metrics = False
+    fit(learn, cbs)
+    return {**weights(learn.model),**{f'mask of {k}':m for k,m in masks(learn.model).items()}}
+
+def looped(cbs, opt=partial(torch.optim.SGD, lr=.05, momentum=.9)):
+    "The same training, in somebody's own loop"
+    model,data = mlp(),list(tiny_dls(10).train)
+    opt = opt(model.parameters())
+    manager = LoopManager(model, opt, len(data), 4, cbs)
+    for _ in range(4):
+        for xb,yb in data:
+            opt.zero_grad()
+            MSELossFlat()(model(xb), yb).backward()
+            opt.step()
+    manager.finalize()
+    return {**weights(model),**{f'mask of {k}':m for k,m in masks(model).items()}}
+
+recipes = dict(
+    SET=("!SETPruningModifier\n  final_sparsity: .6", SETPruningModifier, lambda: SET(.6, every=.4)),
+    SNFS=("!SNFSPruningModifier\n  final_sparsity: .6", SNFSPruningModifier, lambda: SNFS(.6, every=.4)),
+    RigL=("!RigLPruningModifier\n  final_sparsity: .6\n  num_grads: 1", RigLPruningModifier, lambda: RigL(.6, every=.4)))
+
+@pytest.mark.parametrize('name', recipes)
+def test_callback_recipe_and_plain_loop_are_one(name):
+    text,modifier,callback = recipes[name]
+    recipe = Recipe.from_string(f"modifiers:\n- {text}\n  start_epoch: 0\n  end_epoch: 3\n  update_frequency: .4\n- !EpochRangeModifier\n  start_epoch: 0\n  end_epoch: 4\n")
+    opt = dict(opt_func=wrapped(torch.optim.SGD, momentum=.9))
+    runs = [trained([callback()], **opt), trained([modifier(.6, 0, 3, .4)], **opt), trained(recipe.callbacks(), **opt), looped([callback()]), looped([modifier(.6, 0, 3, .4)])]
+    assert all(same(runs[0], r) for r in runs[1:])
+    assert not same(runs[0], trained([modifier(.6, 0, 3, .4, seed=1)], **opt))
+
+@pytest.mark.parametrize('method', [SET,SNFS,RigL])
+def test_one_cycle_repeats(method):
+    def _run(seed=0): return trained([method(.6, every=3, seed=seed)], lambda learn,cbs: learn.fit_one_cycle(4, .05, cbs=cbs))
+    torch.manual_seed(1)
+    first = _run()
+    torch.manual_seed(2)
+    assert same(first, _run()) and not same(first, _run(3))
+
+def test_no_global_randomness():
+    "What is left of the generators is what a dense training leaves"
+    def _left(cbs):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        trained(cbs)
+        return torch.get_rng_state().tolist(),np.random.get_state()[1].tolist()
+    assert _left([SET(.6, every=3)])==_left([])
+
+def test_random_growth_is_that_of_the_name():
+    "In another order of layers, the same connections"
+    def _run(order):
+        made = dict(a=nn.Linear(4,16), b=nn.Linear(16,16), c=nn.Linear(16,2))
+        with torch.no_grad():
+            for i,p in enumerate(p for k in 'abc' for p in made[k].parameters()): p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+        model = nn.ModuleDict({k:made[k] for k in order})
+        model.forward = lambda x: model['c'](model['b'](model['a'](x).relu()).relu())
+        learn = tiny_learner(model, n_trn=10)
+        learn.fit(3, cbs=SET(.6, every=3))
+        return masks(learn.model)
+    a,b = _run('abc'),_run('cab')
+    assert list(a)!=list(b) and all(a[k].equal(b[k]) for k in a)
+
+def test_layers_and_updates_draw_differently():
+    learn = sparse_learner(.9, model=nn.Sequential(nn.Linear(30,30), nn.Linear(30,30)), shape=(30,), d_out=30, n_trn=10)
+    seen = Note('after_batch', lambda cb: masks(cb.model))
+    learn.fit(1, cbs=[SET(every=4, fraction=1., keep_f=random_scores, schedule='constant', T_end=1.), seen])
+    (a,b),(c,d) = (seen.notes[i].values() for i in (3,7))
+    assert not any(x.equal(y) for x,y in ((a,b),(a,c),(b,d),(c,d)))
+
+def test_split_fits_of_a_modifier_are_one():
+    def _run(make, *epochs):
+        modifier = make()
+        return trained(None, lambda learn,_: [learn.fit(n, cbs=modifier) for n in epochs])
+    for make in (lambda: SETPruningModifier(.6, .5, 3.5, .5), lambda: RigLPruningModifier(.6, .5, 3.5, .5), lambda: SNFSPruningModifier(.6, 0, 4, 1.), lambda: GraNetPruningModifier(.3, .8, .5, 3.5, .5)):
+        whole = _run(make, 4)
+        assert same(whole, _run(make, 1,1,2)) and same(whole, _run(make, 3,1))
+
+resumable = dict(
+    set=lambda: SET(.6, every=4), set_epochs=lambda: SET(.6, every=.4), rigl=lambda: RigL(.6, every=4), rigl_epochs=lambda: RigL(.6, every=.4),
+    snfs=lambda: SNFS(.6, every=10, T_end=1.), snfs_epochs=lambda: SNFS(.6, every=1., T_end=1.),  # their windows lie within an epoch
+    granet=lambda: GraNetPruningModifier(.3, .8, 0, 3.5, .4), granet_local=lambda: GraNetPruningModifier(.3, .8, .5, 3., .4, global_sparsity=False),
+    acdc=lambda: ACDCPruningModifier(.8, 0, 4, 1), acdc_halves=lambda: ACDCPruningModifier(.8, .5, 4, .75), acdc_local=lambda: ACDCPruningModifier(.8, 0, 3, 1, global_sparsity=False),
+    set_modifier=lambda: SETPruningModifier(.6, .5, 3, .4), rigl_modifier=lambda: RigLPruningModifier(.6, .5, 3, .4))
+
+@pytest.mark.parametrize('name', resumable)
+def test_resumed_is_uninterrupted(name, tmp_path):
+    def _learner(): return tiny_learner(n_trn=10, path=tmp_path, opt_func=Adam, lr=.01)
+    whole = _learner()
+    whole.fit(4, cbs=[resumable[name](), SaveModelCallback(every_epoch=True, with_opt=True, fname='epoch')])
+    for epoch in (1,2):
+        learn = _learner()
+        masks_from_file(learn.model, tmp_path/f'models/epoch_{epoch-1}.pth')
+        learn.load(f'epoch_{epoch-1}')
+        learn.fit(4, cbs=resumable[name](), start_epoch=epoch)
+        assert same(weights(whole.model), weights(learn.model)) and same(masks(whole.model), masks(learn.model)), epoch
+
+# several processes
+
+_ddp = '''
+import sys; sys.path.insert(0, sys.argv[3])
+from utils import *
+from fastsparse_create.callback.dynamic import *
+import torch.distributed as dist
+rank = int(sys.argv[1])
+dist.init_process_group('gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2)
+def agree(t):
+    both = [torch.empty_like(t) for _ in range(2)]
+    dist.all_gather(both, t.detach().contiguous())
+    return both[0].equal(both[1])
+for make in (lambda s: SET(s, every=3), lambda s: RigL(s, every=3), lambda s: SNFS(s, every=5)):
+    for broadcasts in (True,False):
+        for prepared in (True,False):
+            torch.manual_seed(0)
+            model = mlp()
+            if prepared: sparsify_model(model, .6)
+            net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=broadcasts)
+            torch.manual_seed(rank)
+            learn = tiny_learner(net, seed=rank, n_trn=10, opt_func=Adam, lr=.01)
+            first = Note('before_batch', lambda cb: [p.mask.clone() for p in masked_params(model)], order=60)
+            learn.fit(3, cbs=[make(None if prepared else .6), first])
+            assert len(learn.recorder.mask_updates)>=3 and not first.notes[0][1].equal(model[2].weight_mask)
+            for t in [*model.parameters(), *(p.mask for p in masked_params(model))]: assert agree(t), (broadcasts, prepared)
+            assert violations(model, learn.opt)==[]
+assert not agree(learn.dls.train.one_batch()[0])
+dist.barrier()
+print('agreed', flush=True)
+os._exit(0)
+'''
+
+@pytest.mark.slow
+def test_ranks_exchange_the_same_connections(tmp_path):
+    "Each rank has batches of its own; none is told what the other does"
+    root = Path(__file__).parent
+    args,env = [sys.executable, '-W', 'ignore', '-c', _ddp],{**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(root.parent)}
+    ranks = [subprocess.Popen([*args, str(r), str(tmp_path/'store'), str(root)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    said = [p.communicate(timeout=120) for p in ranks]
+    assert [out for out,_ in said]==['agreed\n']*2, said
+
+# large layers: short cuts
+
+def picked(scores, eligible, n, lowest):
+    "The slow and obvious way"
+    where = np.flatnonzero(eligible)
+    best_first = np.lexsort((-where,scores[where]) if lowest else (where,-scores[where]))
+    return np.sort(where[best_first[:n]])
+
+@pytest.mark.parametrize('kind', ['normal','ties','equal','blocks','inf'])
+@pytest.mark.parametrize('share', [.002,.5,1.])
+def test_pick_of_long_arrays(kind, share):
+    rng,size = np.random.default_rng(0),131073+5000
+    scores = dict(normal=lambda: rng.normal(size=size).astype('f'), ties=lambda: rng.integers(0, 40, size).astype('f'), equal=lambda: np.zeros(size, 'f'),
+                  blocks=lambda: np.repeat(rng.normal(size=size//1000+1), 1000)[:size], inf=lambda: np.where(rng.random(size)<.3, np.inf, rng.normal(size=size)))[kind]()
+    eligible = rng.random(size)<share
+    n_eligible = np.count_nonzero(eligible)
+    for lowest in (False,True):
+        for n in {0,1,n_eligible//300,n_eligible//2,n_eligible-1,n_eligible}:
+            found = pick(scores, eligible, n, lowest)
+            assert np.array_equal(np.sort(found), picked(scores, eligible, n, lowest)), (n,lowest)
+
+@pytest.mark.parametrize('ties', [False,True])
+@pytest.mark.parametrize('dtype', [torch.float32,torch.bfloat16,torch.float64])
+def test_exchange_of_large_layers(ties, dtype):
+    shape,g = (363,367),torch.Generator().manual_seed(0)
+    def _scores(): return (torch.randint(0, 9, shape, generator=g) if ties else torch.rand(shape, generator=g)).to(dtype)
+    mask,keep,grow = torch.rand(shape, generator=g)<.1,_scores(),_scores()
+    n = int(mask.sum())
+    found = drop_and_grow(mask, keep, grow, n-n//3, n)
+    keep,grow,expected = keep.flatten().double().numpy(),grow.flatten().double().numpy(),mask.flatten().numpy().copy()
+    expected[picked(keep, expected, n//3, True)] = False
+    expected[picked(grow, ~expected, n//3, False)] = True
+    assert np.array_equal(found.flatten().numpy(), expected)
+
+@pytest.mark.parametrize('method', [RigL,SNFS,SET])
+@pytest.mark.parametrize('size', [16,400])
+def test_nan_is_named_and_changes_nothing(method, size):
+    learn = tiny_learner(mlp(4, size, 2), n_trn=6)
+    def _poison(cb):
+        if cb.iter>=4: (cb.model[2].weight.data if method is SET else cb.model[2].weight.grad)[masked_params(cb.model)[1].mask.logical_xor(torch.tensor(method is RigL))] = math.nan
+    seen = Note('before_step', lambda cb: masks(cb.model), order=1)
+    with pytest.raises(ValueError, match=r'2\.weight: .*(NaN|nan)'): learn.fit(1, cbs=[method(.9, every=5, T_end=1., schedule='constant'), Note('before_step', _poison, order=5), seen])
+    assert same(seen.notes[0], masks(learn.model)) and updated_at(learn)==[]
+
+@pytest.mark.parametrize('dtype', [torch.float32,torch.float64,torch.bfloat16,torch.float16])
+@pytest.mark.parametrize('layout', ['plain','channels_last','tied'])
+@pytest.mark.parametrize('n_changes', [0,1,5,400])
+def test_rewire_of_few_and_of_many(dtype, layout, n_changes):
+    "New: all 0; kept: the same bits, -0 included; and what is cached of the mask follows"
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16,16,3), nn.Conv2d(16,16,3)).to(dtype)
+    if layout=='channels_last': model = model.to(memory_format=torch.channels_last)
+    if layout=='tied': model[1].weight = model[0].weight
+    sparsify_model(model, .5, criterion=random_scores)
+    p = masked_params(model)[0]
+    p.param.data[p.mask&(torch.rand(p.mask.shape)<.1)] = -0.
+    opt = torch.optim.Adam(model.parameters(), eps=1e-3)
+    p.param.grad = torch.randn_like(p.param)*p.mask
+    opt.step()
+    mask_tensors([p.param], [p.mask])  # cached from now on
+    was,held,slots = p.mask.clone(),p.param.detach().clone(),[s.clone() for s in memory(OptimWrapper(opt=opt), p.param)]
+    new = was.clone()
+    for old in (True,False):
+        where = (was==old).nonzero()[torch.randperm(int((was==old).sum()))[:n_changes]]
+        new[tuple(where.T)] = not old
+    p.rewire(new, OptimWrapper(opt=opt))
+    assert p.mask.equal(new) and len(slots)==2 and p.param.stride()==held.stride()
+    for now,then in zip([p.param.detach(), *memory(OptimWrapper(opt=opt), p.param)], [held,*slots]):
+        assert now.equal(then*(was&new)) and now[was&new].signbit().equal(then[was&new].signbit())
+    for x in (torch.randn_like(p.param), torch.randn(p.param.shape), torch.randn_like(p.param, dtype=torch.float64)):
+        x = x.detach()
+        before = x.clone()
+        mask_tensors([x], [p.mask])
+        assert x.equal(before.masked_fill(~new, 0))
+    if layout=='tied': assert model[1].weight_mask.equal(new) and len(masked_params(model))==1
+
+def test_rewire_refuses_another_shape():
+    p = masked_params(sparse_learner().model)[0]
+    with pytest.raises(ValueError, match=r'0\.weight: a mask of shape \(4, 16\)'): p.rewire(torch.ones(4,16).bool())
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encode,self.hidden,self.decode = nn.Linear(4,16,bias=False),nn.Linear(4,4),nn.Linear(4,16,bias=False)
+        self.decode.weight = self.encode.weight
+    def forward(self, x): return self.decode(self.hidden(self.encode(x)@self.encode.weight))[:,:2]
+
+@pytest.mark.parametrize('method', [RigL,SET,SNFS])
+def test_tied_weights_are_exchanged_once(method):
+    learn = tiny_learner(Tied(), n_trn=10)
+    watched(learn, method(.6, every=3), total_only=method is SNFS)
+    assert len(masked_params(learn.model))==2 and learn.model.encode.weight_mask.equal(learn.model.decode.weight_mask) and learn.model.encode.weight is learn.model.decode.weight
+
+@pytest.mark.parametrize('method', [RigL,SET,SNFS])
+@pytest.mark.parametrize('dtype', [torch.float32,torch.float64,torch.bfloat16])
+@pytest.mark.parametrize('around', [ChannelsLast,Stranger])
+def test_layouts_and_precisions(method, dtype, around):
+    learn = tiny_learner(convnet().to(dtype), shape=(3,8,8), n_trn=8, dtype=dtype, cbs=around())
+    watch = watched(learn, method(.6, every=3), total_only=method is SNFS, epochs=2)
+    assert watch.n_updates>=3 and all(p.dtype==dtype for p in learn.model.parameters())
+
+# what is refused
+
+@pytest.mark.parametrize('kwargs,error,message', [
+    (dict(sparsity=1), ValueError, 'sparsity must be below 1, got 1'), (dict(sparsity=1.2), ValueError, r'sparsity must be in \[0, 1\], got 1.2'),
+    (dict(sparsity=-.1), ValueError, r'sparsity must be in \[0, 1\], got -0.1'), (dict(sparsity='.9'), TypeError, "sparsity must be a number, got '.9'"),
+    (dict(sparsity=math.nan), ValueError, 'sparsity must be in'), (dict(sparsity=[.5,.5]), TypeError, 'sparsity must be a number'),
+    (dict(fraction=1.1), ValueError, r'fraction must be in \[0, 1\], got 1.1'), (dict(fraction=None), TypeError, 'fraction must be a number, got None'),
+    (dict(every=0), ValueError, 'every must be above 0, got 0'), (dict(every=-.5), ValueError, 'every must be at least 0, got -0.5'),
+    (dict(every=True), TypeError, 'every must be a number, got True'), (dict(every='1'), TypeError, "every must be a number, got '1'"), (dict(every=math.inf), ValueError, 'every must be'),
+    (dict(T_end=0), ValueError, 'T_end must be above 0, got 0'), (dict(T_end=1.5), ValueError, r'T_end must be in \[0, 1\], got 1.5'),
+    (dict(schedule='cosin'), ValueError, "schedule 'cosin' is not known, did you mean 'cosine'"), (dict(schedule=3), ValueError, 'schedule 3 is not known'),
+    (dict(replace_step=1), TypeError, 'replace_step must be True or False, got 1'),
+    (dict(num_grads=-1), ValueError, 'num_grads must be at least 0, got -1'), (dict(num_grads=1.5), ValueError, 'num_grads must be a whole number, got 1.5'),
+    (dict(num_grads=0), ValueError, "num_grads must be at least 1 for the criterion 'gradient', got 0"), (dict(grad_decay=2), ValueError, r'grad_decay must be in \[0, 1\], got 2'),
+    (dict(params=3), TypeError, 'params must be a string or a list of strings, got 3'),
+    (dict(keep_f='magnitude'), TypeError, "keep_f must be a function, got 'magnitude'"), (dict(grow_f=None), TypeError, 'grow_f must be a function, got None'),
+    (dict(redistribute_f='gradient'), TypeError, "redistribute_f must be a function, got 'gradient'"), (dict(sparse_init_f='uniform'), TypeError, "sparse_init_f must be a function, got 'uniform'"),
+    (dict(mask_type='4:8-T'), ValueError, "mask_type '4:8-T' can't be exchanged one by one"),
+    (dict(mask_type='2:4', sparsity=.9), ValueError, "sparsity must be 0.5 for mask_type '2:4', got 0.9"),
+    (dict(mask_type='2:4', redistribute_f=gradient), ValueError, "mask_type '2:4' has the same sparsity everywhere")])
+def test_bad_arguments(kwargs, error, message):
+    with pytest.raises(error, match=f'^DynamicSparseTrainingCallback: .*{message}'): RigL(**kwargs)
+
+def test_unknown_pattern_is_named():
+    with pytest.raises(ValueError, match="mask_type: 'blok4' is not known, did you mean 'block4'"): RigL(mask_type='blok4')
+
+windowed = [SETPruningModifier,SNFSPruningModifier,RigLPruningModifier,SRigLPruningModifier,GraNetPruningModifier]
+def recipe_args(cls, **kwargs): return {**dict(final_sparsity=.8, start_epoch=0, end_epoch=3, update_frequency=.5), **(dict(init_sparsity=.5) if cls is GraNetPruningModifier else {}), **kwargs}
+
+@pytest.mark.parametrize('cls', windowed)
+@pytest.mark.parametrize('kwargs,error,message', [
+    (dict(final_sparsity=1), ValueError, r'final_sparsity must be between \(0, 1\), got 1'), (dict(final_sparsity=0), ValueError, r'final_sparsity must be between \(0, 1\), got 0'),
+    (dict(final_sparsity='.8'), TypeError, "final_sparsity must be a number, got '.8'"), (dict(start_epoch=-2), ValueError, 'start_epoch must be at least -1, got -2'),
+    (dict(start_epoch='0'), TypeError, "start_epoch must be a number, got '0'"), (dict(end_epoch=None), TypeError, 'end_epoch must be a number, got None'),
+    (dict(start_epoch=3), ValueError, 'end_epoch must lie after start_epoch 3, .*got 3'), (dict(end_epoch=-1), ValueError, 'end_epoch must lie after start_epoch 0, .*got -1'),
+    (dict(update_frequency=0), ValueError, 'update_frequency must be above 0, got 0'), (dict(update_frequency=-1), ValueError, 'update_frequency must be at least 0, got -1'),
+    (dict(params=1), TypeError, 'params must be a string or a list of strings, got 1'), (dict(leave_enabled=None), TypeError, 'leave_enabled must be True or False, got None'),
+    (dict(sparsity_strategy='erk'), ValueError, "sparsity_strategy 'erk' is not known"), (dict(init_update_fraction=2), ValueError, r'init_update_fraction must be in \[0, 1\], got 2'),
+    (dict(schedule='cosin'), ValueError, "schedule 'cosin' is not known, did you mean 'cosine'")])
+def test_bad_recipe_arguments(cls, kwargs, error, message):
+    with pytest.raises(error, match=f'^{cls.__name__}: .*{message}'): cls(**recipe_args(cls, **kwargs))
+
+@pytest.mark.parametrize('cls,kwargs,error,message', [
+    (RigLPruningModifier, dict(global_sparsity=True), ValueError, 'global_sparsity must be false'), (RigLPruningModifier, dict(momentum_buffer_reset=False), ValueError, 'momentum_buffer_reset must be true'),
+    (RigLPruningModifier, dict(num_grads=0), ValueError, 'num_grads must be at least 1, got 0'), (RigLPruningModifier, dict(num_grads=2.5), ValueError, 'num_grads must be a whole number, got 2.5'),
+    (SNFSPruningModifier, dict(mask_type='2:4', final_sparsity=.5), ValueError, 'has the same sparsity everywhere'),
+    (SETPruningModifier, dict(mask_type='2:4'), ValueError, "sparsity must be 0.5 for mask_type '2:4', got 0.8"),
+    (GraNetPruningModifier, dict(init_sparsity=.8), ValueError, 'final_sparsity must be above init_sparsity 0.8, got 0.8'), (GraNetPruningModifier, dict(init_sparsity=-.5), ValueError, r'init_sparsity must be in \[0, 1\], got -0.5'),
+    (GraNetPruningModifier, dict(inter_func='cubik'), ValueError, "inter_func 'cubik' is not known, did you mean 'cubic'"), (GraNetPruningModifier, dict(global_sparsity=1), TypeError, 'global_sparsity must be True or False, got 1'),
+    (SRigLPruningModifier, dict(min_salient=1.5), ValueError, r'min_salient must be in \[0, 1\], got 1.5')])
+def test_bad_arguments_of_one(cls, kwargs, error, message):
+    with pytest.raises(error, match=f'^{cls.__name__}: .*{message}'): cls(**recipe_args(cls, **kwargs))
+
+@pytest.mark.parametrize('cls', windowed)
+def test_modifiers_repeat_themselves(cls):
+    modifier = cls(**recipe_args(cls, params=['0.weight'], seed=3))
+    assert repr(cls(**modifier.args()))==repr(modifier) and 'seed=3' in repr(modifier)
+
+@pytest.mark.parametrize('method', [SET,RigL,SNFS])
+def test_contradicting_sparsity_is_refused_before_anything_changes(method):
+    learn = sparse_learner(.6)
+    before = weights(learn.model),masks(learn.model)
+    with pytest.raises(ValueError, match="DynamicSparseTrainingCallback: sparsity 0.9 was asked for, but the model's masks have 0.5994: leave sparsity out"): learn.fit(1, cbs=method(.9, every=2))
+    assert same(before[0], weights(learn.model)) and same(before[1], masks(learn.model))
+    learn.fit(1, cbs=method(.6, every=2))
+
+@pytest.mark.parametrize('kind', ['2:4','constant_fan_in','block4','filter'])
+def test_masks_of_another_pattern_are_refused(kind):
+    learn = sparse_learner(.5)
+    with pytest.raises(ValueError, match=f"the mask of '0.weight' is not of mask_type '{kind}'"): learn.fit(1, cbs=RigL(every=2, mask_type=kind, params=['0.weight','2.weight']))
+
+def test_two_owners_of_a_layer_are_refused():
+    with pytest.raises(ValueError, match="both prune '2.weight'"): tiny_learner().fit(1, cbs=[RigL(.6, params=['0.weight','2.weight']), SET(.6, params=['2.weight'])])
+
+@pytest.mark.parametrize('grow,message', [(lambda param, **_: torch.rand(3), r'0\.weight: .*gave scores of shape \(3,\), expected \(16, 4\)'), (lambda param, **_: param*math.nan, r'0\.weight: .*NaN')])
+def test_custom_criteria_that_are_wrong(grow, message):
+    with pytest.raises(ValueError, match=message): tiny_learner().fit(1, cbs=RigL(.6, every=2, grow_f=grow))
+
+def test_redistribution_that_is_negative():
+    with pytest.raises(ValueError, match=r'0\.weight: .*-1 in the mean.*finite and not negative'): tiny_learner().fit(1, cbs=SNFS(.6, every=2, redistribute_f=lambda param, **_: -torch.ones_like(param)))
+
+@pytest.mark.parametrize('schedule', [lambda x: 4., lambda x: -1., lambda x: math.nan])
+def test_schedule_that_leaves_its_range(schedule):
+    with pytest.raises(ValueError, match=r'DynamicSparseTrainingCallback: fraction .*schedule.*must be in \[0, 1\]'): tiny_learner().fit(1, cbs=RigL(.6, every=2, schedule=schedule))
+
+@pytest.mark.parametrize('method,every,T_end,n_acc,is_futile', [
+    (RigL,15,.75,None,True), (RigL,14,.75,None,False), (SET,15,.75,None,False), (SET,16,.75,None,True), (RigL,1.5,.75,None,True), (RigL,1.4,.75,None,False), (SET,1.5,.75,None,False),
+    (RigL,100,1.,None,True), (RigL,20,1.,None,True), (SET,20,1.,None,False), (RigL,10,1.,16,True), (SET,10,1.,16,False), (RigL,9,1.,16,False), (RigL,9,.9,16,True)])
+def test_futile_updates_are_warned_of(method, every, T_end, n_acc, is_futile, caplog):
+    learn = tiny_learner(n_trn=10)
+    learn.fit(2, cbs=[method(.6, every=every, T_end=T_end), *([GradientAccumulation(n_acc)] if n_acc else [])])
+    assert (updated_at(learn)==[])==is_futile==('connections stay as they are, the first update' in caplog.text), caplog.text
+
+# phases, and a rising sparsity
+
+def sparsity(model): return n_masked(model)/sum(p.mask.numel() for p in masked_params(model))
+
+@pytest.mark.parametrize('is_global', [True,False])
+def test_phases(is_global):
+    "Dense, compressed, dense, compressed: the last phase is compressed, as is what follows it"
+    learn = tiny_learner(n_trn=10, opt_func=Adam, lr=.01)
+    acdc,witness = ACDCPruningModifier(.8, 1, 5, 1, global_sparsity=is_global),Witness()
+    seen = Note('after_batch', lambda cb: sparsity(cb.model))
+    learn.fit(6, cbs=[acdc, seen, witness])
+    total = sum(p.mask.numel() for p in masked_params(learn.model))
+    assert witness.seen==[] and seen.notes==pytest.approx([0]*20+[.8]*10+[0]*10+[.8]*20, abs=.5/total+1e-9 if is_global else .005)
+    if not is_global: assert all(n==p.mask.numel()-round(p.mask.numel()*.8) for p,n in zip(masked_params(learn.model), n_kept(learn.model).values()))
+
+@pytest.mark.parametrize('start,end,frequency,dense', [(0,4,1,[0,2]), (0,5,1,[0,2]), (0,3,1,[0]), (0,8,2,[0,1,4,5]), (1,7,2,[1,2]), (0,2,2,[]), (-1,4,1,[0,2])])
+def test_dense_phases_by_hand(start, end, frequency, dense):
+    acdc = ACDCPruningModifier(.8, start, end, frequency)
+    assert [e for e in range(max(0, start), end+2) if acdc.is_dense(e)]==dense
+
+@pytest.mark.parametrize('resets', [True,False])
+def test_momentum_where_a_dense_phase_begins(resets):
+    learn = tiny_learner(n_trn=10, opt_func=Adam, lr=.01)
+    seen = Note('before_backward', lambda cb: [m.clone() for p in masked_params(cb.model) for m in memory(cb.opt, p.param)])
+    learn.fit(4, cbs=[ACDCPruningModifier(.8, 0, 4, 1, momentum_buffer_reset=resets), seen])
+    assert all((m.count_nonzero()==0)==resets for m in seen.notes[20]) and all(m.count_nonzero() for b in (9,10,19,21,30) for m in seen.notes[b])
+
+def test_phases_end_released():
+    learn = tiny_learner(n_trn=10)
+    learn.fit(4, cbs=ACDCPruningModifier(.8, 0, 2, 1, leave_enabled=False))
+    assert measured_sparsity(learn.model)<.5 and not any(p.is_enforced for p in masked_params(learn.model))
+
+@pytest.mark.parametrize('is_global', [True,False])
+@pytest.mark.parametrize('inter_func', ['cubic','linear'])
+@pytest.mark.parametrize('init,final', [(0.,.9),(.5,.95),(.8,.85)])
+def test_granet_rises_as_planned(is_global, inter_func, init, final):
+    "From an ERK distribution, whose layers may be sparser than what is asked of all of them; the last value is exact"
+    learn = tiny_learner(mlp(20,60,4), shape=(20,), d_out=4, n_trn=10)
+    granet,seen = GraNetPruningModifier(init, final, 0, 3, .5, global_sparsity=is_global, inter_func=inter_func),Note('after_batch', lambda cb: (n_masked(cb.model),n_kept(cb.model)))
+    watched(learn, granet, seen, epochs=4, shrinks=is_global) if is_global else learn.fit(4, cbs=[granet, seen])
+    sizes = [p.mask.numel() for p in masked_params(learn.model)]
+    for b,(n,kept) in enumerate(seen.notes):
+        s = granet.sparsity_at(min(3, (b+1)//5*.5))
+        if b>=4: assert n==(round(sum(sizes)*s) if is_global else sum(round(m*s) for m in sizes)), b
+        else: assert n==pytest.approx(sum(sizes)*init, abs=len(sizes))
+    assert not is_global or list(kept.values())!=[m-round(m*final) for m in sizes]
+    assert all(u.churn>0 for u in learn.recorder.mask_updates[1:3]) and violations(learn.model, learn.opt)==[]
+
+@pytest.mark.parametrize('method', [GraNetPruningModifier,RigLPruningModifier,SETPruningModifier,SNFSPruningModifier])
+def test_late_windows_start_from_the_largest_weights(method):
+    learn = tiny_learner(n_trn=10)
+    before,after = Note('before_batch', lambda cb: weights(cb.model), order=1),Note('after_pred', lambda cb: masks(cb.model))
+    args = (.5,.8) if method is GraNetPruningModifier else (.5,)
+    learn.fit(4, cbs=[method(*args, 1.5, 3, .5, sparsity_strategy='uniform'), before, after])
+    assert all(m.all() for m in after.notes[14].values())
+    for n,m in after.notes[15].items(): assert m.equal(Unstructured()(before.notes[15][n].abs(), .5))
+
+@pytest.mark.parametrize('method', [GraNetPruningModifier,RigLPruningModifier,SETPruningModifier,SNFSPruningModifier])
+@pytest.mark.parametrize('leave_enabled', [True,False])
+def test_windows_end(method, leave_enabled):
+    learn = tiny_learner(n_trn=10)
+    seen = Note('after_batch', lambda cb: masks(cb.model))
+    learn.fit(4, cbs=[method(*((.5,.8) if method is GraNetPruningModifier else (.8,)), 0, 2, .5, leave_enabled=leave_enabled), seen])
+    assert all(same(seen.notes[20], m) for m in seen.notes[20:]) and sparsity(learn.model)==pytest.approx(.8, abs=.01)
+    assert (measured_sparsity(learn.model)>.7)==leave_enabled and all(u.epoch<2 for u in learn.recorder.mask_updates)
