@@ -217,7 +217,7 @@ def test_dense_layer_becomes_sparse_again():
 
 def test_windowed_mean_is_close_to_the_endless_one():
     "The 44 last gradients hold 99 % of a running mean with decay .9"
-    learn,dst,errors,mean = sparse_learner(.6, n_trn=60),SNFS(every=50, T_end=1.),[],{}
+    learn,dst,errors,mean = sparse_learner(.6, n_trn=60),SNFS(every=50, num_grads=44, T_end=1.),[],{}
     def _add(cb):
         for p in masked_params(cb.model): mean[p.name] = .9*mean.get(p.name, 0)+p.param.grad
     def _compare(cb):
