@@ -72,7 +72,7 @@ class MaskUpdate:
     churn:float # Share of the connections that are new
     ever_active:float # Share of all weights that have been connected at some time ([ITOP](https://arxiv.org/abs/2102.02887)'s R_s)
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #c3a6ea61
+# %% ../../nbs/15a_callback.dynamic.ipynb #aa8c6554
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
@@ -239,7 +239,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         is_last_use = self.num_grads==1 and self.replace_step
         for p in self._params:
             if p.param.grad is None: continue
-            if p.name in self._gathered: self._gathered[p.name].mul_(self.grad_decay).add_(p.grad)
+            if p.name in self._gathered: torch.add(p.grad, self._gathered[p.name], alpha=self.grad_decay, out=self._gathered[p.name])
             else: self._gathered[p.name] = p.grad if is_last_use else p.grad.clone()
             p.collect(False)
 
@@ -252,7 +252,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         self._next = self._next_update(self._clock(self.now)+1)
         live = [p for p in self._params if p.param.requires_grad and p.param.grad is not None]
         contexts = [dict(mask=p.mask, grad=self._gathered.get(p.name), generator=seeded(self.seed, round(self.now*self.n_iter), p.name)) for p in live]
-        masks = [self._named_mask(p, c, *n) for p,c,n in zip(live, contexts, self.counts(live, contexts, share))]
+        masks = [self.new_mask(p, c, *n) for p,c,n in zip(live, contexts, self.counts(live, contexts, share))]
         self._gathered = {}
         if not self._ever: self._ever = {p.name:p.mask.clone() for p in self._params}
         n_new = sum(_count(m>c['mask']) for m,c in zip(masks, contexts))
@@ -260,12 +260,11 @@ class DropAndGrow(PruningModifier, abstract=True):
         self.learn.mask_enforcer.refresh()
         if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates.append(self._note(batch, share, n_new, {p.name:m for p,m in zip(live, masks)}))
 
-    def _named_mask(self, p, *args):
-        try: return self.new_mask(p, *args)
+    def new_mask(self, p, context, n_keep, n_total):
+        try: return self.ranked(p, context['mask'], context, n_keep, n_total)
         except ValueError as e: raise ValueError(f"{p.name}: connections can't be ranked, {e}") from None
 
-    def new_mask(self, p, context, n_keep, n_total):
-        mask = context['mask']
+    def ranked(self, p, mask, context, n_keep, n_total):
         if type(self.calculator) is not Unstructured or mask.is_cuda:
             turned = [outputs_first(p, t) for t in (mask, _checked(p, self.keep_f, context), _checked(p, self.grow_f, context))]
             return outputs_first(p, drop_and_grow(*turned, n_keep, n_total, self.calculator))
@@ -369,9 +368,9 @@ class DynamicSparseTrainingCallback(DropAndGrow, abstract=True):
     @property
     def window(self): return self._done,self._done+self.T_end*self.n_epoch
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #f328e1ab
+# %% ../../nbs/15a_callback.dynamic.ipynb #34e960f9
 SET_kwargs = dict(keep_f=magnitude, grow_f=random_scores, num_grads=0, replace_step=False)
-SNFS_kwargs = {**SET_kwargs, 'grow_f':gradient, 'redistribute_f':gradient, 'num_grads':44, 'grad_decay':.9, 'fraction':.5}
+SNFS_kwargs = {**SET_kwargs, 'grow_f':gradient, 'redistribute_f':gradient, 'num_grads':22, 'grad_decay':.9, 'fraction':.5}
 RigL_kwargs = {**SET_kwargs, 'grow_f':gradient, 'num_grads':1, 'replace_step':True}
 
 @delegates(DynamicSparseTrainingCallback)
