@@ -162,6 +162,16 @@ def test_patterns_hold_from_the_first_step_to_the_last(kind, method):
     assert all(patterns[kind](m) and int(m.sum())==128 for m in seen.notes)
     assert not seen.notes[0].equal(seen.notes[-1])
 
+@pytest.mark.parametrize('method', [RigL,SET])
+def test_number_that_is_exchanged(method):
+    "The share of each layer, rounded down, and all of it new if what was dropped may not come back"
+    learn = tiny_learner(n_trn=10)
+    seen = Note('after_batch', lambda cb: masks(cb.model))
+    learn.fit(1, cbs=[method(.6, every=5, fraction=.37, schedule='constant', T_end=1., grow_f=lambda param, mask, **_: (~mask).float()), seen])
+    update,(was,now) = learn.recorder.mask_updates[0],(seen.notes[updated_at(learn)[0]-i] for i in (1,0))
+    expected = [min(int(.37*int(m.sum())), int((~m).sum())) for m in was.values()]
+    assert [int((now[n]&~m).sum()) for n,m in was.items()]==expected and update.churn==sum(expected)/sum(int(m.sum()) for m in was.values())
+
 def test_regrown_connections_keep_value_and_momentum():
     "All are dropped, and all come back"
     learn = sparse_learner(.6, opt_func=Adam, n_trn=6)
@@ -864,3 +874,16 @@ def test_windows_end(method, leave_enabled):
     learn.fit(4, cbs=[method(*((.5,.8) if method is GraNetPruningModifier else (.8,)), 0, 2, .5, leave_enabled=leave_enabled), seen])
     assert all(same(seen.notes[20], m) for m in seen.notes[20:]) and sparsity(learn.model)==pytest.approx(.8, abs=.01)
     assert (measured_sparsity(learn.model)>.7)==leave_enabled and all(u.epoch<2 for u in learn.recorder.mask_updates)
+
+@pytest.mark.parametrize('min_salient,gives_up', [(0.,False),(.9,True)])
+def test_units_that_are_given_up_stay_empty(min_salient, gives_up):
+    "All others of a layer have the same fan-in, and the last layer keeps its units"
+    learn,witness = tiny_learner(mlp(12,32,4), shape=(12,), d_out=4, n_trn=10, opt_func=Adam, lr=.01),Witness()
+    seen = Note('after_batch', lambda cb: [m.flatten(1).sum(1) for m in masks(cb.model).values()])
+    learn.fit(4, cbs=[SRigLPruningModifier(.8, 0, 3, .3, min_salient=min_salient, schedule='constant', init_update_fraction=.5), witness, seen])
+    assert witness.seen==[]
+    for was,fan_ins in zip(seen.notes, seen.notes[1:]):
+        for before,now,first in zip(was, fan_ins, seen.notes[0]):
+            assert now[now>0].unique().numel()==1 and not (now>0)[before==0].any() and now.sum()<=first.sum()
+        assert fan_ins[-1].gt(0).all()
+    assert any((now==0).any() for now in seen.notes[-1])==gives_up
