@@ -34,10 +34,12 @@ def update_ms(method, n_updates=5):
 def main():
     p = argparse.ArgumentParser()
     p.add_argument('--models', nargs='+', default=['xresnet18','mlp'], choices=list(models))
+    p.add_argument('--variants', nargs='+', default=list(variants), choices=list(variants))
     p.add_argument('--steps', type=int, default=120)
     p.add_argument('--turn', type=int, default=5)
     args = p.parse_args()
     torch.set_num_threads(1)
+    for v in set(variants)-{'dense',*args.variants}: del variants[v]
     print(f'torch {torch.__version__}, 1 thread, batch 64 of 3x64x64, {args.steps} steps of SGD with momentum, sparsity 0.9, updates every 100 steps\n')
     for method in (RigL, SET, SNFS):
         ms = update_ms(method)

@@ -72,7 +72,7 @@ class MaskUpdate:
     churn:float # Share of the connections that are new
     ever_active:float # Share of all weights that have been connected at some time ([ITOP](https://arxiv.org/abs/2102.02887)'s R_s)
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #aa8c6554
+# %% ../../nbs/15a_callback.dynamic.ipynb #a60a0a3f
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
@@ -300,7 +300,9 @@ def _checked(p, criterion, context):
 
 def _scores(p, criterion, context):
     "The scores of a layer, as an array or what gives one for a slice"
-    return _LazyScores(criterion, p.weight, context['grad']) if _is_elementwise(criterion) else _as_array(_checked(p, criterion, context))
+    grad = context['grad']
+    if criterion is gradient: return _LazyScores(criterion, grad, grad)  # a sparse layer would have to make its weight, only to be ignored
+    return _LazyScores(criterion, p.weight, grad) if _is_elementwise(criterion) else _as_array(_checked(p, criterion, context))
 
 def _is_elementwise(criterion): return getattr(criterion, 'is_elementwise', False)
 
