@@ -357,7 +357,7 @@ def due(every, n_iter, n_epoch, T_end, late):
     return [m-late for m in multiples if m-late<T_end*n_epoch*n_iter-1e-9 and m-late<n_iter*n_epoch]
 
 @pytest.mark.parametrize('method', [RigL,SET])
-@pytest.mark.parametrize('every', [1,3,5,29,.25,.5,1.,.77,1.5])
+@pytest.mark.parametrize('every', [1,5,29,.25,1.,.77,1.5])
 @pytest.mark.parametrize('T_end', [.3,1.])
 def test_updates_fall_on_multiples(method, every, T_end):
     learn = tiny_learner(n_trn=10)
@@ -593,10 +593,10 @@ for make in (lambda s: SET(s, every=3), lambda s: RigL(s, every=3), lambda s: SN
             if prepared: sparsify_model(model, .6)
             net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=broadcasts)
             torch.manual_seed(rank)
-            learn = tiny_learner(net, seed=rank, n_trn=10, opt_func=Adam, lr=.01)
+            learn = tiny_learner(net, seed=rank, n_trn=8, opt_func=Adam, lr=.01)
             first = Note('before_batch', lambda cb: [p.mask.clone() for p in masked_params(model)], order=60)
-            learn.fit(3, cbs=[make(None if prepared else .6), first])
-            assert len(learn.recorder.mask_updates)>=3 and not first.notes[0][1].equal(model[2].weight_mask)
+            learn.fit(2, cbs=[make(None if prepared else .6), first])
+            assert len(learn.recorder.mask_updates)>=2 and not first.notes[0][1].equal(model[2].weight_mask)
             for t in [*model.parameters(), *(p.mask for p in masked_params(model))]: assert agree(t), (broadcasts, prepared)
             assert violations(model, learn.opt)==[]
 assert not agree(learn.dls.train.one_batch()[0])
