@@ -98,6 +98,8 @@ def drawn(rows): return torch.tensor([[float(c) if c not in '.x' else float(c=='
     # fewer and more than before
     ('unstructured', 'xxxx ....', '1234 0000', '9000 0000', 1, 2, 'x..x ....'),
     ('unstructured', 'x... ....', '1000 0000', '0020 0003', 1, 3, 'x.x. ...x'),
+    # more are to stay than there are: the number afterwards holds
+    ('unstructured', 'x... ....', '1000 0000', '0020 0003', 2, 3, 'x.x. ...x'),
     # 2 of 4: the two that stay take places of their own groups
     ('2:4', 'xx..xx..', '43009100', '00120034', 3, 4, 'xx..x..x'),
     ('2:4', 'xx..xx..', '43002100', '00120034', 2, 4, 'xx....xx'),
@@ -659,15 +661,16 @@ def test_nan_is_named_and_changes_nothing(method, size):
     assert same(seen.notes[0], masks(learn.model)) and updated_at(learn)==[]
 
 @pytest.mark.parametrize('dtype', [torch.float32,torch.float64,torch.bfloat16,torch.float16])
-@pytest.mark.parametrize('layout', ['plain','channels_last','tied'])
+@pytest.mark.parametrize('layout', ['plain','channels_last','tied','tied_apart'])
 @pytest.mark.parametrize('n_changes', [0,1,5,400])
 def test_rewire_of_few_and_of_many(dtype, layout, n_changes):
     "New: all 0; kept: the same bits, -0 included; and what is cached of the mask follows"
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(16,16,3), nn.Conv2d(16,16,3)).to(dtype)
     if layout=='channels_last': model = model.to(memory_format=torch.channels_last)
-    if layout=='tied': model[1].weight = model[0].weight
+    if layout.startswith('tied'): model[1].weight = model[0].weight
     sparsify_model(model, .5, criterion=random_scores)
+    if layout=='tied_apart': model[1]._buffers['weight_mask'] = model[0].weight_mask.clone()  # as after a move to another device
     p = masked_params(model)[0]
     p.param.data[p.mask&(torch.rand(p.mask.shape)<.1)] = -0.
     opt = torch.optim.Adam(model.parameters(), eps=1e-3)
@@ -688,7 +691,7 @@ def test_rewire_of_few_and_of_many(dtype, layout, n_changes):
         before = x.clone()
         mask_tensors([x], [p.mask])
         assert x.equal(before.masked_fill(~new, 0))
-    if layout=='tied': assert model[1].weight_mask.equal(new) and len(masked_params(model))==1
+    if layout.startswith('tied'): assert model[1].weight_mask.equal(new) and len(masked_params(model))==1
 
 def test_rewire_refuses_another_shape():
     p = masked_params(sparse_learner().model)[0]
