@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MaskHook', 'sparsify_model']
 
-# %% ../nbs/15_sparsify.ipynb #f754a35a
-import torch
+# %% ../nbs/15_sparsify.ipynb #91cff08d
+import inspect,torch
 from .callback.core import MaskEnforcer
 from .criteria import *
 from .distribution import *
@@ -16,7 +16,7 @@ from .masks.structured import *
 from .masks.nm import *
 from .selection import *
 
-# %% ../nbs/15_sparsify.ipynb #9eccb4db
+# %% ../nbs/15_sparsify.ipynb #fd3413ca
 class MaskHook:
     "Keeps the mask of one parameter enforced until `remove` is called"
     def __init__(self, model, param): self.model,self.param = model,param
@@ -37,6 +37,8 @@ def sparsify_model(model, # Model, or `Learner`
                   )->list: # A hook for each masked parameter, with `remove()`; empty if `enforce_masks=False`
     "Mask a share of the weights of a model, exactly `round(numel*sparsity)` in each parameter"
     learn,model = (model,model.model) if hasattr(model, 'add_cb') else (None,model)
+    check_criterion('sparsify_model', 'sparse_init_f', sparse_init_f, []), check_criterion('sparsify_model', 'criterion', criterion, ['generator'])
+    if 'grad' in inspect.signature(criterion).parameters: raise ValueError(f"sparsify_model: there are no gradients yet for the criterion {getattr(criterion, '__name__', criterion)!r}")
     calculator = get_mask_type(mask_type)
     names = fitting_params(model, params, calculator)
     sites = list(select(model, names).values())

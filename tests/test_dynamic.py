@@ -2,6 +2,7 @@
 import os,subprocess,sys,pytest,torchvision
 from hypothesis import example,given,settings,strategies as st
 from utils import *
+from fastsparse_create.sparse.linear import *
 from fastsparse_create.callback.dynamic import *
 from fastsparse_create.callback.dynamic import _exchanged
 from fastsparse_create.callback.dynamic_pruning import *
@@ -781,7 +782,7 @@ def test_modifiers_repeat_themselves(cls):
 def test_contradicting_sparsity_is_refused_before_anything_changes(method):
     learn = sparse_learner(.6)
     before = weights(learn.model),masks(learn.model)
-    with pytest.raises(ValueError, match="DynamicSparseTrainingCallback: sparsity 0.9 was asked for, but the model's masks have 0.5994: leave sparsity out"): learn.fit(1, cbs=method(.9, every=2))
+    with pytest.raises(ValueError, match="DynamicSparseTrainingCallback: sparsity 0.9 was asked for, but the model's masks have 0.5994: ask for that"): learn.fit(1, cbs=method(.9, every=2))
     assert same(before[0], weights(learn.model)) and same(before[1], masks(learn.model))
     learn.fit(1, cbs=method(.6, every=2))
 
@@ -890,3 +891,57 @@ def test_units_that_are_given_up_stay_empty(min_salient, gives_up):
             assert now[now>0].unique().numel()==1 and not (now>0)[before==0].any() and now.sum()<=first.sum()
         assert fan_ins[-1].gt(0).all()
     assert any((now==0).any() for now in seen.notes[-1])==gives_up
+
+def test_stored_layers_collect_whole_accumulations():
+    "An update that is planned for the midst of an accumulation falls on its end, and is scored on all of it"
+    def _run(is_stored):
+        learn = sparse_learner(.6, n_trn=10, dtype=torch.float64, model=mlp().double())
+        if is_stored: sparse_layers_(learn.model, .5, 1)
+        learn.fit(3, cbs=[RigL(every=.5, T_end=1.), GradientAccumulation(24)])
+        return [p.mask for p in (sparse_params if is_stored else masked_params)(learn.model)]
+    masked,stored = _run(False),_run(True)
+    assert len(masked)==len(stored) and all(map(torch.equal, masked, stored))
+
+def test_units_that_are_given_up_hand_on_their_connections():
+    "A layer has the promised number of connections, less than one a unit"
+    learn = tiny_learner(model=nn.Sequential(nn.Linear(4,64), nn.ReLU(), nn.Linear(64,64), nn.ReLU(), nn.Linear(64,2)), n_trn=20)
+    learn.fit(4, cbs=SRigLPruningModifier(.8, 0, 3.5, .25, min_salient=.9, init_update_fraction=.5))
+    p = masked_params(learn.model)[1]
+    units = p.mask.any(1).sum().item()
+    total = 64*ConstantFanIn().fan_in(torch.Size((64,64)), erdos_renyi_kernel([q.param for q in masked_params(learn.model)], .8)[1])
+    assert units<64 and p.mask.sum()==min(total//units, 64)*units
+
+def mixed_learner():
+    "The hidden layer is stored, the others are masked"
+    learn = tiny_learner(model=nn.Sequential(nn.Linear(4,64), nn.ReLU(), nn.Linear(64,64), nn.ReLU(), nn.Linear(64,2)), n_trn=20)
+    sparsify_model(learn.model, .8)
+    sparse_layers_(learn.model, .5, 4000)
+    assert len(sparse_params(learn.model))==1
+    return learn
+
+def test_stored_and_masked_layers_stand_in_model_order():
+    learn = mixed_learner()
+    learn.fit(2, cbs=RigL(.8, every=5, sparse_init_f=uniform))
+    assert list(learn.recorder.mask_updates[-1].sparsities)==['0.weight','2.weight','4.weight']
+
+@pytest.mark.parametrize('cbs', [lambda: RigL(.8, every=5, sparse_init_f=uniform), lambda: SET(every=5), lambda: GraNetPruningModifier(.8, .9, 0, 1.5, .25, sparsity_strategy='uniform')], ids=['rigl','set','granet'])
+def test_stored_and_masked_layers_train_together(cbs):
+    learn = mixed_learner()
+    learn.fit(2, cbs=cbs())
+    final = .9 if 'GraNet' in type(cbs()).__name__ else .8
+    assert abs(learn.recorder.values[-1][-1]-final)<.01
+
+@pytest.mark.parametrize('make,message', [
+    (lambda: SET(.9, grow_f=lambda p, grad, **_: grad.abs()), 'num_grads must be at least 1'),
+    (lambda: RigL(.9, grow_f=lambda p: p.abs()), r'add \*\*_ to its arguments'),
+    (lambda: RigL(.9, keep_f='magnitude'), "keep_f must be a function, got 'magnitude'"),
+    (lambda: sparsify_model(mlp(), .9, sparse_init_f='erdos_renyi'), 'sparse_init_f must be a function'),
+    (lambda: sparsify_model(mlp(), .9, criterion=gradient), 'no gradients yet'),
+    (lambda: sparsify_model(mlp(), .9, criterion=lambda p: p.abs()), r'add \*\*_'),
+])
+def test_criteria_are_checked_before_training(make, message):
+    with pytest.raises((TypeError,ValueError), match=message): make()
+
+def test_scores_must_be_a_tensor():
+    learn = sparse_learner(.6)
+    with pytest.raises(TypeError, match=r'0\.weight: .* must give a tensor of scores, got None'): learn.fit(2, cbs=RigL(every=1, grow_f=lambda p, **_: None))

@@ -23,7 +23,7 @@ from ..sparse.linear import *
 from ..selection import *
 from ..sparsify import *
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #accdf829
+# %% ../../nbs/15a_callback.dynamic.ipynb #0391dfd9
 def drop_and_grow(mask:Tensor, # Boolean, True where there is a connection
                   keep_scores:Tensor, # Of the mask's shape; the highest of what is connected stay
                   grow_scores:Tensor, # Of the mask's shape; the highest of all the others are grown
@@ -56,10 +56,10 @@ def _exchanged_groups(mask, active, keep_scores, grow_scores, n_keep, n_total):
 
 def _best_of(candidates, scores, n):
     "The `n` highest `scores` among `candidates`"
-    chosen = candidates.clone()
-    scores = scores[candidates]
-    chosen[candidates] = keep_highest(scores, scores.numel()-n)
-    return chosen
+    if candidates.is_cuda: return candidates & keep_highest(scores.masked_fill(~candidates, -math.inf), scores.numel()-n)
+    chosen = np.zeros(candidates.numel(), bool)
+    chosen[pick(_as_array(scores), candidates.flatten().numpy(), n)] = True
+    return torch.from_numpy(chosen).view(candidates.shape)
 
 # %% ../../nbs/15a_callback.dynamic.ipynb #5212d448
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class MaskUpdate:
     churn:float # Share of the connections that are new
     ever_active:float # Share of all weights that have been connected at some time ([ITOP](https://arxiv.org/abs/2102.02887)'s R_s)
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #a60a0a3f
+# %% ../../nbs/15a_callback.dynamic.ipynb #fa400159
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
@@ -89,10 +89,10 @@ class DropAndGrow(PruningModifier, abstract=True):
         store_attr('keep_f,grow_f,redistribute_f,replace_step,num_grads,grad_decay,mask_type,seed')
 
     def _check_criteria(self, num_grads, **functions):
-        for name,f in functions.items():
-            if not callable(f): raise TypeError(f"{type(self).__name__}: {name} must be a function, got {f!r}")
+        for name,f in functions.items(): check_criterion(type(self).__name__, name, f, ['mask','grad','generator'] if name.endswith('_f') and name!='sparse_init_f' else [])
         if num_grads!=int(num_grads): raise ValueError(f"{type(self).__name__}: num_grads must be a whole number, got {num_grads}")
-        if not num_grads and gradient in functions.values(): raise ValueError(f"{type(self).__name__}: num_grads must be at least 1 for the criterion 'gradient', got 0")
+        uses_grad = next((f for f in functions.values() if 'grad' in inspect.signature(f).parameters), None)
+        if not num_grads and uses_grad: raise ValueError(f"{type(self).__name__}: num_grads must be at least 1 for the criterion {getattr(uses_grad, '__name__', uses_grad)!r}, got 0")
 
     def _check_pattern(self, sparsity, mask_type, redistribute_f):
         if sparsity is not None and abs(sparsity-self._pattern)>.01: raise ValueError(f"{type(self).__name__}: the sparsity must be {self._pattern:g} for mask_type {mask_type!r}, got {sparsity}")
@@ -142,7 +142,8 @@ class DropAndGrow(PruningModifier, abstract=True):
 
     def before_fit(self):
         super().before_fit()
-        self._params = [*self._params, *self._stored()[0]]
+        place = {n:i for i,(n,_) in enumerate(unwrap_model(self.model).named_modules())}
+        self._params = sorted([*self._params, *self._stored()[0]], key=lambda p: place[p.name.rpartition('.')[0]])
 
     # masks to start with
 
@@ -152,10 +153,10 @@ class DropAndGrow(PruningModifier, abstract=True):
         self._check_masks()
         if sparsity is None or self.resumed_at: return
         found,numel = sum((~p.mask).sum().item() for p in self._params),sum(p.mask.numel() for p in self._params)
-        shares = self._distribution([p.param for p in self._params], sparsity)
+        shares = self._distribution([p.weight for p in self._params], sparsity)
         expected = sum(s*p.mask.numel() for s,p in zip(shares, self._params))
         if abs(found-expected)>.01*numel:
-            raise ValueError(f"{type(self).__name__}: sparsity {sparsity} was asked for, but the model's masks have {found/numel:.4g}: leave sparsity out to train with these")
+            raise ValueError(f"{type(self).__name__}: sparsity {sparsity} was asked for, but the model's masks have {found/numel:.4g}: ask for that, or let go of them with make_permanent")
 
     def _check_masks(self):
         for p in self._params:
@@ -181,8 +182,9 @@ class DropAndGrow(PruningModifier, abstract=True):
 
     def fit_starts(self):
         super().fit_starts()
-        self._gathered,self._is_due,self._steps = {},False,self._steps_before(self.resumed_at or 0)
+        self._gathered,self._is_due,self._is_accumulating,self._steps = {},False,False,self._steps_before(self.resumed_at or 0)
         self._unit = self._every if isinstance(self._every, int) else self._every*len(self.dls.train)
+        self._n_gathered = self.num_grads*(1 if isinstance(self._every, int) else self._batches_a_step())
         self._next = self._next_update(self._clock(self._done+(self.resumed_at or 0)))
         start,end = self.window
         if self._fraction and self._first_update()>=(min(end, self._done+self.n_epoch)-start)*len(self.dls.train)-1e-6:
@@ -216,8 +218,9 @@ class DropAndGrow(PruningModifier, abstract=True):
 
     def before_batch(self):
         super().before_batch()
-        self._is_due,self._is_reached,clock = False,False,self._clock(self.now)
-        self.needs_dense_grad = bool(self.num_grads) and clock>self._next-self.num_grads and self._is_open()
+        self._is_due,self._is_reached = False,False
+        if not self._is_accumulating: self.needs_dense_grad = self._clock(self.now)>self._next-self._n_gathered and self._is_open()
+        self._is_accumulating = True
         if self.needs_dense_grad:
             for p in self._params: p.collect(True)
 
@@ -231,9 +234,11 @@ class DropAndGrow(PruningModifier, abstract=True):
     def after_step(self):
         if self._is_due and not self.replace_step: self._exchange()
         self._steps += self._is_reached
+        self._is_accumulating = False
         if self._is_reached: return
         for p in self._params: p.collect(False)  # mixed precision refused these gradients
 
+    @torch.no_grad()
     def _gather(self):
         "Add this step's dense gradients to those that are averaged"
         is_last_use = self.num_grads==1 and self.replace_step
@@ -295,6 +300,7 @@ def _count(mask): return int(mask.count_nonzero()) if mask.is_cuda else int(np.c
 
 def _checked(p, criterion, context):
     scores = criterion(p.weight, **context)
+    if not isinstance(scores, Tensor): raise TypeError(f"{p.name}: {getattr(criterion, '__name__', criterion)} must give a tensor of scores, got {scores!r}")
     if scores.shape!=context['mask'].shape: raise ValueError(f"{getattr(criterion, '__name__', criterion)} gave scores of shape {tuple(scores.shape)}, expected {tuple(context['mask'].shape)}")
     return scores
 

@@ -49,9 +49,9 @@ class _DynamicModifier(DropAndGrow, abstract=True):
 
 def _check_sparsity(owner, name, value): return check_number(owner, name, value, 0, 1, is_open=True)
 
-# %% ../../nbs/15b_callback.dynamic_pruning.ipynb #3d5a9fbb
+# %% ../../nbs/15b_callback.dynamic_pruning.ipynb #9ade3145
 class SETPruningModifier(_DynamicModifier):
-    "Sparse evolutionary training: connections grow at random ([paper](https://arxiv.org/abs/1707.04780))"
+    "Sparse evolutionary training: connections grow at random; for networks too large for even one dense gradient ([paper](https://arxiv.org/abs/1707.04780))"
     def __init__(self,
                  final_sparsity:float, # Sparsity from `start_epoch` on, in (0,1)
                  start_epoch:float, # Epoch from which the network is sparse, fractions allowed
@@ -70,7 +70,7 @@ class SETPruningModifier(_DynamicModifier):
         self.final_sparsity = final_sparsity
 
 class SNFSPruningModifier(_DynamicModifier):
-    "Sparse networks from scratch: connections grow where the gradient's running mean is large, and move to layers where it is larger ([paper](https://arxiv.org/abs/1907.04840))"
+    "Sparse networks from scratch: connections grow where the gradient's running mean is large, and move to layers where it is larger; if no layer's sparsity is known beforehand, the most accurate on small networks ([paper](https://arxiv.org/abs/1907.04840))"
     def __init__(self,
                  final_sparsity:float, # Sparsity of all parameters together from `start_epoch` on, in (0,1)
                  start_epoch:float, # Epoch from which the network is sparse, fractions allowed
@@ -89,7 +89,7 @@ class SNFSPruningModifier(_DynamicModifier):
         self.final_sparsity = final_sparsity
 
 class RigLPruningModifier(_DynamicModifier):
-    "The rigged lottery: connections grow where the gradient is largest ([paper](https://arxiv.org/abs/1911.11134))"
+    "The rigged lottery: connections grow where the gradient is largest; for long trainings of networks that must never be dense, else `GMPruningModifier` is more accurate ([paper](https://arxiv.org/abs/1911.11134))"
     def __init__(self,
                  final_sparsity:float, # Sparsity from `start_epoch` on, in (0,1)
                  start_epoch:float, # Epoch from which the network is sparse, fractions allowed
@@ -112,9 +112,9 @@ class RigLPruningModifier(_DynamicModifier):
                          mask_type, sparsity_strategy, init_update_fraction, schedule, seed, num_grads=check_number(self, 'num_grads', num_grads, 1))
         self.final_sparsity,self.global_sparsity,self.momentum_buffer_reset = final_sparsity,global_sparsity,momentum_buffer_reset
 
-# %% ../../nbs/15b_callback.dynamic_pruning.ipynb #116bce95
+# %% ../../nbs/15b_callback.dynamic_pruning.ipynb #4f1b6a02
 class GraNetPruningModifier(_DynamicModifier):
-    "Gradual magnitude pruning that regrows a share of the connections by their gradient at each update ([paper](https://arxiv.org/abs/2106.10404))"
+    "Gradual magnitude pruning that regrows a share of the connections by their gradient at each update; nearly as accurate as `GMPruningModifier`, for less compute ([paper](https://arxiv.org/abs/2106.10404))"
     def __init__(self,
                  init_sparsity:float, # Sparsity at `start_epoch`, in [0,1)
                  final_sparsity:float, # Sparsity at `end_epoch`, in (0,1), above `init_sparsity`
@@ -153,9 +153,9 @@ class GraNetPruningModifier(_DynamicModifier):
         totals = [int(m.sum()) for m in self.pruned(self.now+1/self.n_iter, live)]
         return [(n-int(share*n),n) for n in totals]
 
-# %% ../../nbs/15b_callback.dynamic_pruning.ipynb #81acf337
+# %% ../../nbs/15b_callback.dynamic_pruning.ipynb #c7975699
 class SRigLPruningModifier(_DynamicModifier):
-    "RigL with a constant fan-in, that gives up units with few salient connections ([paper](https://arxiv.org/abs/2305.02299))"
+    "RigL with a constant fan-in, that gives up units with few salient connections; for runtimes that want as many inputs for each output ([paper](https://arxiv.org/abs/2305.02299))"
     def __init__(self,
                  final_sparsity:float, # Sparsity from `start_epoch` on, in (0,1)
                  start_epoch:float, # Epoch from which the network is sparse, fractions allowed
@@ -174,6 +174,13 @@ class SRigLPruningModifier(_DynamicModifier):
         self.final_sparsity,self.min_salient = final_sparsity,check_number(self, 'min_salient', min_salient, 0, 1)
 
     def has_pattern(self, mask): return super().has_pattern(mask[mask.flatten(1).any(1)])  # units that were given up have no connections
+
+    def counts(self, live, contexts, share):
+        "However many units are given up, a layer has the connections that its sparsity promises, rounded down to the same number for each unit"
+        shares = dict(zip((p.name for p in self._params), self._distribution([p.weight for p in self._params], self.final_sparsity)))
+        shapes = [outputs_first(p, c['mask']).shape for p,c in zip(live, contexts)]
+        totals = [s[0]*self.calculator.fan_in(s, shares[p.name]) for p,s in zip(live, shapes)]
+        return [(keep,n) for (keep,_),n in zip(super().counts(live, contexts, share), totals)]
 
     def ranked(self, p, mask, context, n_keep, n_total):
         if p is self._params[-1]: return super().ranked(p, mask, context, n_keep, n_total)

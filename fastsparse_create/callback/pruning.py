@@ -80,7 +80,7 @@ def _refuse_overlaps(learn):
                 raise ValueError(f"{type(a).__name__} (epochs {a0:g} to {a1:g}) and {type(b).__name__} (epochs {b0:g} to {b1:g}) "
                                  f"both prune {both[0]!r}: give them different params, or windows that don't overlap")
 
-# %% ../../nbs/11_callback.pruning.ipynb #32896707
+# %% ../../nbs/11_callback.pruning.ipynb #a637d49c
 _other_scores = {'movement':'MovementPruningModifier', 'MFAC':'MFACPruningModifier', 'OBS':'OBSPruningModifier', 'topkast':'TopKASTPruningModifier'}
 
 class GMPruningModifier(PruningModifier):
@@ -167,7 +167,7 @@ def magnitude_masks(params:list, # `MaskedParam`s
                     is_global:bool, # Does one threshold serve all?
                    )->list: # Masks
     "Masks that cut the smallest weights, those first that are cut already"
-    scores = [outputs_first(p, _nan_checked(p.name, magnitude(p.param).masked_fill_(~p.mask, -1.))) for p in params]
+    scores = [outputs_first(p, _nan_checked(p.name, magnitude(p.weight).masked_fill_(~p.mask, -1.))) for p in params]
     if is_global:
         sizes = [s.numel() for s in scores]
         masks = global_masks(scores, sum(t*n for t,n in zip(sparsities,sizes))/sum(sizes), calculator)
@@ -251,9 +251,9 @@ class ConstantPruningModifier(PruningModifier):
         "Modifiers that hold what is sparse in `model`"
         return [cls(params=[n]) for n in prunable(model) if measured_sparsity(model, [n])>.1]
 
-# %% ../../nbs/11_callback.pruning.ipynb #90e48614
+# %% ../../nbs/11_callback.pruning.ipynb #f49d6487
 class ACDCPruningModifier(PruningModifier):
-    "Alternates between dense and compressed phases of `update_frequency` epochs, and ends compressed"
+    "Alternates between dense and compressed phases of `update_frequency` epochs, and ends compressed; for high sparsity, where dense training is affordable"
     def __init__(self,
                  compression_sparsity:float, # Sparsity of the compressed phases, in (0,1)
                  start_epoch:float, # Epoch at which the first dense phase begins

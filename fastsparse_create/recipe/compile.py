@@ -19,14 +19,15 @@ from .expression import *
 from .loader import *
 from .parse import *
 
-# %% ../../nbs/22_recipe.compile.ipynb #f6cb9077
+# %% ../../nbs/22_recipe.compile.ipynb #5cb4e5c2
 _sparseml = {f'{n}Modifier' for n in '''ASReg Distillation LayerPruning LayerThinning MFACPruning MovementPruning OBSPruning
     PerLayerDistillation Powerpropagation Quantization StructuredPruning TopKASTPruning'''.split()}
 
 def _class_of(m, place):
     if m.tag in modifiers: return modifiers[m.tag]
     if m.tag in _sparseml: raise RecipeError(f"{place}: {m.tag} is a modifier of SparseML that this version does not have yet")
-    raise RecipeError(f"{place}: there is no modifier {m.tag!r}{did_you_mean(m.tag, list(modifiers))}")
+    longer = [n for n in modifiers if n.startswith(m.tag)]
+    raise RecipeError(f"{place}: there is no modifier {m.tag!r}{did_you_mean((longer or [m.tag])[0], list(modifiers))}")
 
 def _checked_args(cls, m, source):
     "The arguments of `m`, which must be those of `cls`"
