@@ -2,6 +2,7 @@
 import os,pickle,pytest,subprocess,sys,torch
 import torch.nn.functional as F
 from copy import deepcopy
+from dataclasses import dataclass
 from hypothesis import given,strategies as st
 from fastsparse_create.masking import *
 from fastsparse_create.callback.dynamic import *
@@ -215,6 +216,63 @@ def test_optimizer_follows(name):
     assert a.keys()==b.keys()
     for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-7, atol=1e-9)
     assert all(p.is_enforced for p in masked_params(other))
+
+@pytest.mark.parametrize('name', list(optimizers))
+def test_learner_goes_on(name):
+    "A `Learner` trains what its layers were swapped for, with the memories of its optimizer"
+    def learner(): return sparse_learner(.7, model=mlp().double(), opt_func=optimizers[name], lr=.01, dtype=torch.float64)
+    learn,other = learner(),learner()
+    learn.fit(3)
+    other.fit(1)
+    before = memory(other.opt, other.model[0].weight)
+    sparse_layers_(other, .5, 0)
+    values = {p.name:p.param.detach().clone() for p in sparse_params(other.model)}
+    assert len(values)==3 and len(memory(other.opt, other.model[0].values))==len(before)>0
+    other.fit(1)
+    assert not any(torch.equal(p.param, values[p.name]) for p in sparse_params(other.model))
+    assert [p.name for p in dense_layers_(other)]==list(values)
+    other.fit(1)
+    a,b = weights(learn.model),weights(other.model)
+    assert a.keys()==b.keys() and not violations(other.model, other.opt)
+    for k in a: torch.testing.assert_close(a[k], b[k], rtol=1e-6, atol=1e-9)
+
+def test_learner_with_another_optimizer():
+    "One that is given goes before the one of the `Learner`, which may have none yet"
+    learn = sparse_learner(.7)
+    sparse_layers_(learn, .5, 0)
+    assert learn.opt is None
+    opt = torch.optim.SGD(learn.model.parameters(), .1)
+    dense_layers_(learn, opt)
+    assert learn.model[0].weight is opt.param_groups[0]['params'][0]
+
+@pytest.mark.parametrize('names', ['__ALL_PRUNABLE__','__ALL__','0',['0.weight','__all_prunable__'],r're:\d\.weight'])
+def test_nothing_left_to_swap(names):
+    model = nn.Sequential(nn.Linear(8,8))
+    sparsify_model(model, .9)
+    assert len(sparse_layers_(model, .5, 0, names).rows)==1
+    report = sparse_layers_(model, .5, 0, names)
+    assert not report.rows and repr(report) and report._repr_html_() and report.to_df().empty
+    assert not sparse_layers_(nn.Sequential(nn.ReLU())).rows
+    for wrong in ('1.weight',['0.weight','heat'],'re:1'):
+        with pytest.raises(ValueError, match='matches no parameter'): sparse_layers_(model, .5, 0, wrong)
+    with pytest.raises(TypeError, match='string'): sparse_layers_(model, params=[3])
+
+@dataclass
+class Row:
+    layer:str; n:int; share:float; ms:float; input:str; status:str
+
+def test_report_is_a_table():
+    "Numbers to the right, texts to the left, a dash for nothing"
+    report = LayerReport([Row('body.0', 12345, .95, None, '', 'dense'), Row('1', 7, .9499, 12.5, '4×<2>', 'sparse')], 'one & all')
+    assert repr(report).splitlines()==[
+        'layer        n   share       ms  input  status',
+        '----------------------------------------------',
+        'body.0  12,345  0.9500        –  –      dense',
+        '1            7  0.9499  12.5000  4×<2>  sparse',
+        '----------------------------------------------',
+        'one & all']
+    html = report._repr_html_()
+    assert html.count('<tr>')==3 and '4×&lt;2&gt;' in html and 'one &amp; all' in html and 'None' not in html and 'nan' not in html.lower()
 
 def test_why_not():
     shared,hooked = nn.Linear(8,8),nn.Linear(8,8)

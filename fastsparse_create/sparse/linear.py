@@ -6,9 +6,9 @@
 __all__ = ['SparsePattern', 'quiet_csr', 'SparseLinear', 'SparseParam', 'sparse_params', 'LayerReport', 'SwappedLayer',
            'sparse_layers_', 'dense_layers_']
 
-# %% ../../nbs/05a_sparse.linear.ipynb #477ef5ed
-import torch,torch.nn.functional as F,warnings
-from dataclasses import asdict,dataclass
+# %% ../../nbs/05a_sparse.linear.ipynb #eb0d9b89
+import re,torch,torch.nn.functional as F,warnings
+from dataclasses import asdict,dataclass,fields
 from functools import lru_cache
 from html import escape
 from typing import NamedTuple
@@ -261,7 +261,7 @@ def sparse_params(model:nn.Module, # Any model
     "The weights of `model` that are stored sparsely, under the names that they have in a dense model"
     return [SparseParam(f'{n}.weight' if n else 'weight', m) for n,m in unwrap_model(model).named_modules() if isinstance(m, SparseLinear)]
 
-# %% ../../nbs/05a_sparse.linear.ipynb #f8692718
+# %% ../../nbs/05a_sparse.linear.ipynb #3b337a2f
 class LayerReport:
     "`rows`, one for each layer that was looked at, and a `summary`"
     def __init__(self,
@@ -270,9 +270,31 @@ class LayerReport:
                 ): store_attr()
 
     def to_df(self)->pd.DataFrame: return pd.DataFrame([asdict(r) for r in self.rows])
-    def _table(self, render): return render(index=False, na_rep='–', float_format='{:.4g}'.format)
-    def __repr__(self): return f"{self._table(self.to_df().to_string)}\n{self.summary}" if self.rows else self.summary
-    def _repr_html_(self): return f"{self._table(self.to_df().to_html)}<p>{escape(self.summary)}</p>" if self.rows else escape(self.summary)
+
+    def _lines(self):
+        columns = fields(self.rows[0])
+        return [[c.name for c in columns], *([_cell(getattr(r, c.name)) for c in columns] for r in self.rows)]
+
+    def _aligned(self, line, left, right): return [(right if c.type in (int,float) else left, text) for c,text in zip(fields(self.rows[0]), line)]
+
+    def __repr__(self):
+        if not self.rows: return self.summary
+        lines = self._lines()
+        widths = [max(map(len, col)) for col in zip(*lines)]
+        head,*body = ['  '.join(f'{c:{side}{w}}' for (side,c),w in zip(self._aligned(line, '<', '>'), widths)).rstrip() for line in lines]
+        rule = '-'*(sum(widths)+2*len(widths)-2)
+        return '\n'.join([head, rule, *body, rule, self.summary])
+
+    def _repr_html_(self):
+        if not self.rows: return f'<p>{escape(self.summary)}</p>'
+        def row(tag, line): return '<tr>'+''.join(f'<{tag} style="padding:.15em .7em;text-align:{side}">{escape(c)}</{tag}>' for side,c in self._aligned(line, 'left', 'right'))+'</tr>'
+        head,*body = self._lines()
+        return (f'<table style="border-collapse:collapse;font-size:90%;font-variant-numeric:tabular-nums"><thead style="border-bottom:1px solid">{row("th", head)}</thead>'
+                f'<tbody>{"".join(row("td", line) for line in body)}</tbody></table><p>{escape(self.summary)}</p>')
+
+def _cell(value):
+    if value in (None,''): return '–'
+    return f'{value:,.4f}' if isinstance(value, float) else f'{value:,}' if isinstance(value, int) else str(value)
 
 @dataclass(frozen=True)
 class SwappedLayer:
@@ -282,7 +304,21 @@ class SwappedLayer:
     sparsity:float # Share of its weights that are masked, or 0
     status:str # `sparse`, or why the layer was left alone
 
-# %% ../../nbs/05a_sparse.linear.ipynb #8338e705
+# %% ../../nbs/05a_sparse.linear.ipynb #68930e62
+def _in_learner(model, opt):
+    "The model itself, and the optimizer that trains it, as far as that is known"
+    if hasattr(model, 'add_cb'): model,opt = model.model,model.opt if opt is None else opt
+    return unwrap_model(model),opt
+
+def _looked_at(model, params):
+    "As `select`, but what is prunable, or matches what is stored sparsely already, may be nothing"
+    sites,stored = select(model, params, strict=False),[p.name for p in sparse_params(model)]
+    def may_be_none(entry): return entry.upper() in ('__ALL__','__ALL_PRUNABLE__') or any(_stands_for(entry, n) for n in stored)
+    select(model, [e for e in ([params] if isinstance(params, str) else params) if not may_be_none(e)])
+    return sites
+
+def _stands_for(entry, name): return bool(re.match(entry[3:], name)) if entry.startswith('re:') else f'{name}.'.startswith(f'{entry}.')
+
 def _kept(site):
     "The connections of a weight: its enforced mask, or else its non-zero elements"
     return next((p.mask for m,_ in site.owners for p in masked_params(m) if p.param is site.param and p.is_enforced), site.param.detach()!=0)
@@ -317,24 +353,26 @@ def _hand_over(opt, old, new, convert):
                 if slow is not None: slow[i][j] = convert(slow[i][j])
         opt = vars(opt).get('opt')
 
-# %% ../../nbs/05a_sparse.linear.ipynb #9a5124c3
+# %% ../../nbs/05a_sparse.linear.ipynb #4f673dff
 @torch.no_grad()
-def sparse_layers_(model:nn.Module, # Model to change
+def sparse_layers_(model, # Model to change, or `Learner`
                    min_sparsity:float=.9, # Swap layers with at least this share of masked weights or zeros, in [0,1]
                    min_weights:int=2**16, # Swap layers of at least so many weights, zeros included
                    params='__ALL_PRUNABLE__', # What to look at, see `select`
-                   opt=None, # fastai or PyTorch optimizer of the model, which goes on with the new parameters
+                   opt=None, # fastai or PyTorch optimizer to go on with the new parameters; default: that of the `Learner`; of a model alone, none
                   )->LayerReport: # What was swapped, and what wasn't and why
-    "Swap wide and sparse linear layers for `SparseLinear`, in place"
+    "Swap wide and sparse linear layers for `SparseLinear`, in place; an optimizer that isn't given trains them no more"
     if not 0<=min_sparsity<=1: raise ValueError(f"sparse_layers_: min_sparsity must be in [0,1], got {min_sparsity!r}")
-    model,rows,before,after = unwrap_model(model),[],0,0
-    for name,site in select(model, params).items():
+    model,opt = _in_learner(model, opt)
+    rows,before,after = [],0,0
+    for name,site in _looked_at(model, params).items():
         kept = _kept(site)
         sparsity = 1-kept.sum().item()/max(1, kept.numel())
         reason = _why_dense(model, site, sparsity, min_sparsity, min_weights)
         if not reason: before,after = before+site.param.nbytes,after+_make_sparse(model, site, kept, opt)
         rows.append(SwappedLayer(name, '×'.join(map(str, site.param.shape)), round(sparsity, 4), reason or 'sparse'))
     stop_enforcing(model, [])
+    if not rows: return LayerReport([], "no weights left to store sparsely")
     n = sum(r.status=='sparse' for r in rows)
     return LayerReport(rows, f"{n} of {len(rows)} weights stored sparsely" + (f", {before/1e6:,.2f} MB became {after/1e6:,.2f} MB with indices" if n else ''))
 
@@ -347,11 +385,12 @@ def _make_sparse(model, site, kept, opt):
     return sparse.values.nbytes + sum(i.nbytes for i in sparse.pattern)
 
 @torch.no_grad()
-def dense_layers_(model:nn.Module, # Model to change
-                  opt=None, # fastai or PyTorch optimizer of the model, which goes on with the new parameters
+def dense_layers_(model, # Model to change, or `Learner`
+                  opt=None, # fastai or PyTorch optimizer to go on with the new parameters; default: that of the `Learner`; of a model alone, none
                  )->list: # A `MaskedParam` for each layer that was swapped
-    "Swap `SparseLinear` layers for linear ones with masks, in place"
-    model,params = unwrap_model(model),sparse_params(model)
+    "Swap `SparseLinear` layers for linear ones with masks, in place; an optimizer that isn't given trains them no more"
+    model,opt = _in_learner(model, opt)
+    params = sparse_params(model)
     if isinstance(model, SparseLinear): raise ValueError("dense_layers_: the model itself is a SparseLinear, see to_linear")
     masks = {p.name:p.mask for p in params}
     for p in params:
