@@ -400,6 +400,12 @@ def test_inference_unused_and_shared():
     fast,report = to_sparse_inference(model, (torch.randn(2,8), torch.tensor(2.)))
     assert [r.status for r in report.rows]==['shared by several layers','not used by the example']
 
+@pytest.mark.parametrize('example', [None, torch.randn(2,5), (torch.randn(2,8),None)])
+def test_inference_says_what_it_needs(example):
+    model = nn.Sequential(nn.Linear(8,8))
+    sparsify_model(model, .9)
+    with pytest.raises(ValueError, match="to_sparse_inference: the model can't be run on the example"): to_sparse_inference(model, example)
+
 @given(sizes=st.lists(st.integers(1,12), min_size=2, max_size=5), density=st.floats(0,.6), norm=st.booleans(), act=st.sampled_from([nn.ReLU,nn.Sigmoid,nn.GELU,nn.Identity]),
        bias=st.booleans(), seed=st.integers(0,999))
 def test_compact_is_exact(sizes, density, norm, act, bias, seed):

@@ -79,7 +79,7 @@ def _kernels(module):
     if type(module) is not nn.Conv2d or module.groups>1 or module.padding_mode!='zeros' or isinstance(module.padding, str): return {}
     return {k:lambda conv,f=f: SparseConv2d(conv, f) for k,f in linear.items()}
 
-# %% ../../nbs/61_sparse.inference.ipynb #3d4fb9d3
+# %% ../../nbs/61_sparse.inference.ipynb #2f927d5d
 @dataclass(frozen=True)
 class InferenceRow:
     "What `to_sparse_inference` found out about a layer"
@@ -93,8 +93,9 @@ class InferenceRow:
 def _inputs_seen(model, modules, example):
     "Module -> the inputs that it gets when `model` runs on `example`"
     seen = {m:[] for m in modules}
-    handles = [m.register_forward_pre_hook(lambda m,args: seen[m].extend(x.detach().clone() for x in args)) for m in modules]
+    handles = [m.register_forward_pre_hook(lambda m,args: seen[m].extend(x.detach().clone() for x in args if isinstance(x, Tensor))) for m in modules]
     try: model(*example)
+    except Exception as e: raise ValueError(f"to_sparse_inference: the model can't be run on the example, give a batch or a tuple of arguments: {type(e).__name__}: {e}") from e
     finally:
         for h in handles: h.remove()
     return seen
