@@ -37,7 +37,7 @@ def _kind(node, modules):
     is_flatten = node.op=='call_function' and node.target is torch.flatten or node.op=='call_method' and node.target=='flatten'
     return 'flatten' if is_flatten and (node.args[1:],node.kwargs) in (((1,),{}), ((),{'start_dim':1})) else ''
 
-# %% ../nbs/62_compact.ipynb #3326b5eb
+# %% ../nbs/62_compact.ipynb #9863e1bb
 @dataclass
 class _Chain:
     "From a layer through `between` to the next; or `reason`, why its units stay"
@@ -64,6 +64,7 @@ def _follow(node, modules, shared):
         module = modules[at.target] if at.op=='call_module' else None
         if module in shared: return stop(f"{at.target} is used several times, or shares parameters")
         if kind=='layer': break
+        if (n := _n_units(module)) not in (None,len(res.layer.weight)): return stop(f"{_what(at, modules)} works on {n} features, not on its {len(res.layer.weight)} units")
         res.between.append((kind,at,module))
     res.next = module
     return stop(_misfit(res))
@@ -73,6 +74,11 @@ def _shared(model, graph, modules):
     called = [modules[n.target] for n in graph.nodes if n.op=='call_module']
     read = {modules[n.target.rpartition('.')[0]] for n in graph.nodes if n.op=='get_attr'}
     return read | {m for m in called if called.count(m)>1} | {m for s in named_sites(model).values() if len(s.owners)>1 for m,_ in s.owners}
+
+def _n_units(module):
+    "For how many units a module has parameters; None if any number will do"
+    if type(module) in _norms: return len(module.running_mean)
+    return len(module.weight) if type(module) is nn.PReLU and len(module.weight)>1 else None
 
 def _what(node, modules): return f"{type(modules[node.target]).__name__} {node.target}" if node.op=='call_module' else getattr(node.target, '__name__', str(node.target))
 
@@ -90,7 +96,7 @@ def _chains(model):
     shared = _shared(model, graph, modules)
     return [_follow(n, modules, shared) for n in graph.nodes if n.op=='call_module' and _kind(n, modules)=='layer']
 
-# %% ../nbs/62_compact.ipynb #10aa4b42
+# %% ../nbs/62_compact.ipynb #c0b9ab9d
 def _constants(chain):
     "What each unit would give the next layer if it had no inputs"
     layer,n = chain.layer,chain.layer.weight.shape[0]
@@ -98,6 +104,7 @@ def _constants(chain):
     x = bias.view(1, n, *[1]*(layer.weight.ndim-2))
     for kind,node,module in chain.between:
         def given(args): return fx.node.map_arg(args, lambda _: x)
+        if kind=='flatten': x = x.flatten(1)
         if kind in ('pool','flatten'): continue
         x = module(x) if module is not None else getattr(torch.Tensor, node.target)(x) if node.op=='call_method' else node.target(*given(node.args), **given(node.kwargs))
     return x.flatten()
@@ -112,7 +119,7 @@ def _removable(chain):
     if _pads_zeros(chain.next): no_inputs &= _constants(chain)==0
     return no_outputs,no_inputs & ~no_outputs
 
-# %% ../nbs/62_compact.ipynb #82d1e1f5
+# %% ../nbs/62_compact.ipynb #ef0853c9
 def _cut(module, attr, keep, dim=0):
     t = getattr(module, attr)
     if t is None: return
@@ -139,13 +146,13 @@ def _shrink(chain):
     if gone.all(): gone[0] = False  # a layer without units is more trouble than it saves
     if not gone.any(): return 0,0
     if (gone & no_inputs).any(): _fold(chain, gone & no_inputs)
-    n,keep,columns = len(gone),(~gone).nonzero().squeeze(1),(~gone).repeat_interleave(chain.repeat).nonzero().squeeze(1)
+    keep,columns = (~gone).nonzero().squeeze(1),(~gone).repeat_interleave(chain.repeat).nonzero().squeeze(1)
     for attr in ('weight','bias'): _cut(chain.layer, attr, keep)
     for _,_,m in chain.between:
         if type(m) in _norms:
             for attr in ('weight','bias','running_mean','running_var'): _cut(m, attr, keep)
             m.num_features = len(keep)
-        if type(m) is nn.PReLU and len(m.weight)==n>1:
+        if type(m) is nn.PReLU and len(m.weight)>1:
             _cut(m, 'weight', keep)
             m.num_parameters = len(keep)
     _cut(chain.next, 'weight', columns, 1)

@@ -500,6 +500,24 @@ def test_compact_convolutions(kwargs, left):
     assert [r.left for r in report.rows[:2]]==left, report
     torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
 
+@pytest.mark.parametrize('build,shape,status', [
+    (lambda: [nn.Conv2d(1,8,3), nn.Flatten(), nn.BatchNorm1d(288), nn.ReLU(), nn.Linear(288,10)], (2,1,8,8), 'BatchNorm1d 2 works on 288 features, not on its 8 units'),
+    (lambda: [nn.Conv2d(1,8,3), nn.Flatten(), nn.PReLU(288), nn.Linear(288,10)], (2,1,8,8), 'PReLU 2 works on 288 features, not on its 8 units'),
+    (lambda: [nn.Linear(16,8), nn.BatchNorm1d(5), nn.Linear(8,4)], (2,5,16), 'BatchNorm1d 1 works on 5 features, not on its 8 units'),
+    (lambda: [nn.Linear(16,8), nn.PReLU(5), nn.Linear(8,4)], (2,5,16), 'PReLU 1 works on 5 features, not on its 8 units'),
+    (lambda: [nn.Linear(16,8), nn.BatchNorm1d(8), nn.Linear(8,4)], (2,8,16), 'rolled back'),
+    (lambda: [nn.Linear(16,8), nn.PReLU(8), nn.Linear(8,4)], (2,8,16), 'rolled back'),
+    (lambda: [nn.Conv2d(1,8,3), nn.Flatten(), nn.PReLU(), nn.Linear(288,10)], (2,1,8,8), 'compacted'),
+    (lambda: [nn.Conv2d(1,8,3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8), nn.PReLU(8), nn.Dropout1d(), nn.Linear(8,10)], (2,1,8,8), 'compacted')])
+def test_compact_norms_of_other_things_than_units(build, shape, status):
+    torch.manual_seed(0)
+    model,x = nn.Sequential(*build()),torch.randn(shape)
+    for _ in range(3): model(torch.randn(shape)+1)
+    with torch.no_grad(): model.eval()[0].weight[2] = 0
+    small,report = compact(model, x)
+    assert report.rows[0].status.startswith(status) and report.rows[0].left==(7 if status=='compacted' else 8)
+    torch.testing.assert_close(small(x), model(x))
+
 def test_compact_keeps_what_it_is_not_about():
     model = nn.Sequential(nn.Linear(6,8), nn.ReLU(), nn.Linear(8,2), nn.Dropout())
     sparsify_model(model, .9)
