@@ -13,6 +13,7 @@ from fastsparse_create.permutation.graph import *
 from fastsparse_create.permutation import rules
 from fastsparse_create.permutation.graph import _call,_change,_map,_perturb
 from fastsparse_create.selection import *
+from utils import tiny_learner
 
 def outputs(model, xb):
     model.eval()
@@ -522,13 +523,23 @@ class NeedsTarget(ThreeLinears):
         out = super().forward(x)
         return F.mse_loss(out, y) if self.training else out
 
-@pytest.mark.parametrize('last,why', [(Fails(),'no such thing'), (Stubborn(8,4),"can't be copied"), (nn.Linear(9,4),'shapes')])
-def test_model_that_cannot_be_rehearsed_is_left_alone(last, why):
-    model = nn.Sequential(nn.Linear(4,8), nn.Linear(8,8), last)
+def test_model_that_cannot_be_rehearsed_is_left_alone():
+    model = nn.Sequential(nn.Linear(4,8), nn.Linear(8,8), Stubborn(8,4))
     before = [p.clone() for p in model.parameters()]
     res = permute_channels(model, torch.randn(2,4))
-    assert res.permuted==[] and all(why in g.status for g in res.groups)
+    assert res.permuted==[] and all("can't be copied" in g.status for g in res.groups)
     assert all(torch.equal(a, b) for a,b in zip(before, model.parameters()))
+
+@pytest.mark.parametrize('last,xb,why', [(Fails(),torch.randn(2,4),"'no such thing'"), (nn.Linear(9,4),torch.randn(2,4),'.*shapes.*'), (nn.Linear(8,4),torch.randn(2,5),'.*shapes.*'),
+                                         (nn.Linear(8,4),(torch.randn(2,4),torch.randn(2,1)),'.*takes 2 positional arguments.*'), (nn.Linear(8,4),{'y':torch.randn(2,4)},".*'y'.*")])
+def test_example_that_does_not_run_is_refused(last, xb, why):
+    model = nn.Sequential(nn.Linear(4,8), nn.BatchNorm1d(8), nn.Linear(8,8), last)
+    before = {k:v.clone() for k,v in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"^permute_channels: the example doesn't run through the model: {why}$"): permute_channels(model, xb)
+    assert model.training and before.keys()==model.state_dict().keys() and all(torch.equal(before[k], v) for k,v in model.state_dict().items())
+
+def test_there_is_an_example():
+    with pytest.raises(ValueError, match='xb must be an example that the model accepts, got None'): permute_channels(small_net(), None)
 
 def test_model_that_cannot_train_on_the_example_is_left_alone():
     assert permute_channels(NeedsTarget(), torch.randn(2,8)).permuted==[]
@@ -685,6 +696,9 @@ def test_patterns_and_params():
     res,_ = permute(model, xb, params=['6','4'])
     assert res.permuted==['6.weight']
     assert permute(model, xb, params=[])[0].groups==[]
+    assert permute(model, xb, n='2:8')[0].pattern=='2:8'
+    for n in ('2x4','4:2','',2.,None):
+        with pytest.raises(ValueError, match='n of m must be whole numbers'): permute_channels(model, xb, n)
     with pytest.raises(ValueError, match='did you mean'): permute_channels(model, xb, params='4.wieght')
 
 def test_finished_pattern_is_left_alone():
@@ -735,3 +749,28 @@ def test_wrapped_models_and_inputs():
     model = generic(small_net())
     res = permute_channels(nn.DataParallel(model), TensorBase(torch.randn(2,3,8,8)), n_evaluations=2000)
     assert res.permuted==['3.weight','8.weight'] and ('3.weight',1) in channel_order(model)
+
+@pytest.mark.parametrize('is_trained', [False,True])
+def test_learners(is_trained):
+    learn = tiny_learner(generic(small_net()), shape=(3,8,8), d_out=4, opt_func=Adam)
+    if is_trained: learn.fit(1)
+    x,before = torch.randn(2,3,8,8),deepcopy(learn.model.state_dict())
+    memory = deepcopy(learn.opt.state[learn.model[3].weight]) if is_trained else {}
+    res = permute_channels(learn, x, '2:4', n_evaluations=2000)
+    order = channel_order(learn)
+    assert res.permuted==['3.weight','8.weight'] and order and 'channel_order' in learn.model.state_dict()
+    for k in ('grad_avg','sqr_avg') if is_trained else ():
+        expected = memory[k]
+        for d in (0,1): expected = expected.index_select(d, order['3.weight',d])
+        assert torch.equal(learn.opt.state[learn.model[3].weight][k], expected)
+    restore_channel_order(learn)
+    assert all(torch.equal(v, before[k]) for k,v in learn.model.state_dict().items())
+    if is_trained: assert torch.equal(learn.opt.state[learn.model[3].weight]['grad_avg'], memory['grad_avg'])
+
+def test_a_given_optimizer_is_preferred_to_that_of_a_learner():
+    learn = tiny_learner(generic(small_net()), shape=(3,8,8), d_out=4)
+    learn.fit(1)
+    opt = torch.optim.Adafactor(learn.model.parameters(), lr=1e-3)
+    learn.model(torch.randn(2,3,8,8)).sum().backward()
+    opt.step()
+    with pytest.raises(ValueError, match='before its first step'): permute_channels(learn, torch.randn(2,3,8,8), optimizer=opt)

@@ -6,10 +6,10 @@
 __all__ = ['channel_order', 'track_channel_order', 'restore_channel_order', 'PermutedGroup', 'ChannelPermutation',
            'permute_channels']
 
-# %% ../../nbs/09_permutation.apply.ipynb #051f2ca6
-import json,torch,zlib
+# %% ../../nbs/09_permutation.apply.ipynb #9a8793ac
+import json,re,torch,zlib
 from dataclasses import asdict,dataclass
-from fastai.basics import pd,store_attr
+from fastai.basics import first,pd,store_attr
 from torch import nn,Tensor
 from ..masking import *
 from .graph import *
@@ -42,10 +42,11 @@ def _move(belongings, indices):
     for (name,dim),index in indices.items():
         for x in belongings[name]: x.copy_(x.index_select(dim, index.to(x.device)))
 
-# %% ../../nbs/09_permutation.apply.ipynb #75b4384f
-def _unwrap(model, ema):
-    "The modules inside of wrappers; the average may be a model or hold one as its `module`"
-    return unwrap_model(model),None if ema is None else unwrap_model(getattr(ema, 'module', ema))
+# %% ../../nbs/09_permutation.apply.ipynb #ae08c0cf
+def _unwrap(model, opt, ema):
+    "The module inside of a `Learner` or wrappers, the optimizer, the average, which may be a model or hold one as its `module`"
+    if hasattr(model, 'add_cb'): model,opt = model.model,model.opt if opt is None else opt
+    return unwrap_model(model),opt,None if ema is None else unwrap_model(getattr(ema, 'module', ema))
 
 def _check_followers(model, names, opt, ema):
     "Raise `ValueError` if `opt` or `ema` couldn't follow a permutation of the parameters `names`"
@@ -76,7 +77,7 @@ def channel_order(model:nn.Module, # Any model
     record = json.loads(zlib.decompress(bytes(record.tolist())))
     return {(name,dim):torch.tensor(record['orders'][i]) for name,dim,i in record['places']}
 
-# %% ../../nbs/09_permutation.apply.ipynb #21da05cc
+# %% ../../nbs/09_permutation.apply.ipynb #247acb30
 def _fit_record(model, state_dict, prefix, *_):
     "Before a `state_dict` is loaded: expect a record of the size that it has"
     saved,mine = state_dict.get(prefix+'channel_order'),model._buffers.get('channel_order')
@@ -101,12 +102,12 @@ def _remember(model, moves):
         for k,index in indices.items(): order[k] = order[k][index] if k in order else index
     model.channel_order = _encode(order).to(model.channel_order.device)
 
-def restore_channel_order(model:nn.Module, # A model that `permute_channels` has permuted
-                          optimizer=None, # fastai or PyTorch optimizer whose state moves along
+def restore_channel_order(model, # A model that `permute_channels` has permuted, or its `Learner`
+                          optimizer=None, # fastai or PyTorch optimizer whose state moves along; default: that of a `Learner`
                           ema:nn.Module=None, # Running average of the model that moves along
-                         )->nn.Module: # `model`
+                         ): # `model`
     "Put all channels back to where they were before any permutation, and forget the record"
-    inner,average = _unwrap(model, ema)
+    inner,optimizer,average = _unwrap(model, optimizer, ema)
     inverse = {k:index.argsort() for k,index in channel_order(inner).items()}
     _check_followers(inner, {n for n,_ in inverse}, optimizer, average)
     belongings = _belongings(inner, optimizer, average)
@@ -213,7 +214,26 @@ class ChannelPermutation:
         "A row for each group"
         return pd.DataFrame([asdict(g) for g in self.groups], columns=['weights','channels','before','after','status'])
 
-# %% ../../nbs/09_permutation.apply.ipynb #7a34b57d
+# %% ../../nbs/09_permutation.apply.ipynb #505c3221
+class _Evaluation(Rehearsal):
+    "A run in evaluation mode that may end in an `error`"
+    error = None
+    def run(self, training=False, tracer=None, seed=0):
+        try: return [] if training else super().run(seed=seed)
+        except Exception as e: self.error = e  # models raise anything
+
+def _check_example(model, xb):
+    "Raise `ValueError` if it's the example that keeps `model` from being rehearsed"
+    try: error = _Evaluation(model, xb).error
+    except Exception: return  # it can't be copied
+    if error is not None: raise ValueError(f"permute_channels: the example doesn't run through the model: {first(str(error).splitlines()) or type(error).__name__}") from error
+
+def _pattern(n, m):
+    "`n` and `m`, which `n` may give both as '2:4'"
+    if isinstance(n, str) and (found := re.fullmatch(r'(\d+):(\d+)', n)): n,m = map(int, found.groups())
+    if isinstance(n, int) and isinstance(m, int) and 1<=n<=m: return n,m
+    raise ValueError(f"permute_channels: n of m must be whole numbers with 1 <= n <= m, or n a pattern such as '2:4', got n={n!r}, m={m!r}")
+
 def _apply(model, ema, opt, moves):
     "Permute tensors by `moves`, the `_indices` of one group after the other, and record it"
     belongings = _belongings(model, opt, ema)
@@ -221,24 +241,26 @@ def _apply(model, ema, opt, moves):
     for m in (model,ema):
         if moves and m is not None: _remember(m, moves)
 
-def permute_channels(model:nn.Module, # Any model; it is changed in place
+def permute_channels(model, # Any model, or a `Learner`; it is changed in place
                      xb, # An example: a tensor, a tuple of arguments or a dict of keyword arguments
-                     n:int=2, # Kept of every group
+                     n=2, # Kept of every group; or both as a pattern, such as `2:4`
                      m:int=4, # Columns of a group
                      params='__ALL_PRUNABLE__', # Weights that will get the pattern, see `select`
-                     optimizer=None, # fastai or PyTorch optimizer whose state moves along
+                     optimizer=None, # fastai or PyTorch optimizer whose state moves along; default: that of a `Learner`
                      ema:nn.Module=None, # Running average of the model that moves along
                      n_evaluations:int=None, # Of each search, see `search_permutation`
                      seed:int=0, # Of each search
                      tol:float=None, # Largest relative change of an output that is taken for rounding; default: by precision
                     )->ChannelPermutation: # What was permuted, and what wasn't and why
     "Permute channels so that `n`:`m` patterns keep more magnitude, and the model computes what it did"
-    if not (isinstance(n, int) and isinstance(m, int) and 1<=n<=m): raise ValueError(f"permute_channels: n of m must be whole numbers with 1 <= n <= m, got n={n!r}, m={m!r}")
-    inner,average = _unwrap(model, ema)
+    n,m = _pattern(n, m)
+    if xb is None: raise ValueError("permute_channels: xb must be an example that the model accepts, got None")
+    inner,optimizer,average = _unwrap(model, optimizer, ema)
     sites = {k:s for k,s in select(inner, params).items() if s.param.ndim>1}
     weights = {k:s.param for k,s in sites.items() if outputs_first(s, s.param) is s.param}
     shares = _Shares(weights, n, m)
     before,rehearsal = shares.of(weights),rehearse(inner, xb)
+    if isinstance(rehearsal, str): _check_example(inner, xb)
     groups,reasons = groups_of(rehearsal, list(weights))
     columns = {g:found for g in groups if (found:=_searchable(g, weights, m))}
     _check_followers(inner, {p.name for g in columns for p in g.places}, optimizer, average)
