@@ -16,15 +16,22 @@ from .masks.nm import *
 from .permutation.apply import permute_channels
 from .selection import *
 
-# %% ../nbs/16_asp.ipynb #1e6042e7
+# %% ../nbs/16_asp.ipynb #04fc0494
 _DEFAULT = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 
 class ASPReport:
     "What ASP masks, what it leaves out and why, and how channels were permuted"
-    def __init__(self, pruned, skipped, permutation=None): store_attr()
+    def __init__(self,
+                 pruned:list, # Names of parameters
+                 skipped:dict, # Name of a parameter -> why it is left out
+                 unpermuted:str='', # Why channels are not permuted
+                ):
+        store_attr()
+        self.permutation = None  # what `permute_channels` has done
+
     def __repr__(self):
         lines = [f'{n}: pruned' for n in self.pruned] + [f'{n}: skipped, {why}' for n,why in self.skipped.items()]
-        return '\n'.join(lines + ([str(self.permutation)] if self.permutation else []))
+        return '\n'.join(lines + [str(o) for o in (self.permutation,self.unpermuted) if o])
 
 class _Run:
     "ASP's state of one model"
@@ -34,7 +41,7 @@ class _Run:
 
     def live_optimizers(self): return [o for o in (r() for r in self.optimizers) if o is not None]
 
-# %% ../nbs/16_asp.ipynb #2202f280
+# %% ../nbs/16_asp.ipynb #fbc44cd6
 def _layers(model, whitelist, allowed, disallowed, custom):
     "The parameters of whitelisted layers, and why others among these are left out"
     kinds = tuple(whitelist)+tuple(custom)
@@ -54,6 +61,10 @@ def _why_not(site, calculator):
     if len(shape)<2 or shape[0]%8 or shape[1]%16: return f"shape {tuple(site.param.shape)} is no multiple of 8 outputs by 16 inputs"
     return calculator.unfit(shape) if hasattr(calculator, 'unfit') else ''
 
+def _check_classes(name, classes):
+    if isinstance(classes, (str,type)) or not all(isinstance(c, type) for c in classes):
+        raise TypeError(f"ASP: {name} must be a list of classes of layers, such as [nn.Linear], got {classes!r}")
+
 def _check_names(model, *lists):
     layers = dict(model.named_modules())
     for n in [n for names in lists for n in names or []]:
@@ -61,7 +72,46 @@ def _check_names(model, *lists):
         near = get_close_matches(n, list(layers), 1)
         raise ValueError(f"ASP: the model has no layer {n!r}" + (f", did you mean {near[0]!r}?" if near else ''))
 
-# %% ../nbs/16_asp.ipynb #948b3ec6
+# %% ../nbs/16_asp.ipynb #eea46441
+def _plan(model, mask_calculator, verbosity, whitelist, allowed, disallowed, allow_recompute_mask, custom, allow_permutation, example_input):
+    "The `_Run` of a model that isn't changed yet"
+    calculator = _calculator(mask_calculator)
+    _check_classes('whitelist', whitelist)
+    _check_classes('custom_layer_dict', custom)
+    _check_names(model, allowed, disallowed)
+    found = {s.name:why or _why_not(s, calculator) for s,why in _layers(model, whitelist, allowed, disallowed, custom)}
+    report = ASPReport([n for n,why in found.items() if not why], {n:why for n,why in found.items() if why}, _why_unpermuted(calculator, allow_permutation, example_input))
+    if not found: raise ValueError(f"ASP: the model has no layer of the whitelist: {', '.join(k.__name__ for k in [*whitelist, *custom])}")
+    if not report.pruned: raise ValueError("ASP: nothing is left to prune, as {}: {}".format(*first(report.skipped.items())))
+    if verbosity>1: logger.info(f"ASP: {len(report.pruned)} parameters; skipped: {report.skipped or 'none'}")
+    if report.unpermuted: logger.info(f"ASP: {report.unpermuted}")
+    return _Run(calculator, report, allow_recompute_mask, example_input if allow_permutation and not report.unpermuted else None)
+
+def _calculator(given):
+    if isinstance(given, str):
+        calculator = get_mask_type(given)
+        if not hasattr(calculator, 'sparsity'): raise ValueError(f"ASP: mask_calculator must be an N:M pattern, such as '2:4', got {given!r}")
+        return calculator
+    if not callable(given): raise TypeError(f"ASP: mask_calculator must be the name of a mask type or a function, got {given!r}")
+    return _OfParam(given)
+
+class _OfParam:
+    "A function of a parameter as a mask type"
+    sparsity = None
+    def __init__(self, f): self.f = f
+    def __call__(self, scores, sparsity): return self.f(scores).bool()
+
+def _why_unpermuted(calculator, allow_permutation, example_input):
+    if not allow_permutation: return ''
+    if example_input is None: return "channels are not permuted, as there is no example_input to check the outputs with"
+    return '' if hasattr(calculator, 'n') else "channels are not permuted for a mask_calculator that is a function"
+
+def _held(optimizer):
+    "Ids of the parameters of an optimizer"
+    if not hasattr(optimizer, 'param_groups'): raise TypeError(f"ASP: optimizer must be a PyTorch or fastai optimizer, got {optimizer!r}")
+    return {id(p) for g in optimizer.param_groups for p in g['params']}
+
+# %% ../nbs/16_asp.ipynb #dd342ed2
 class ASP:
     "Apex's interface: init, compute masks, restore, and all at once by `prune_trained_model`"
     _runs = WeakKeyDictionary()
@@ -80,24 +130,17 @@ class ASP:
                                example_input=None, # A batch that the model accepts, to check that permutation changes no output
                               )->ASPReport:
         "Give the model masks that keep everything for now"
-        model,custom = unwrap_model(model),custom_layer_dict or {}
-        if model in cls._runs: raise RuntimeError("ASP: this model is initialized already")
-        calculator = _calculator(mask_calculator)
-        _check_names(model, allowed_layer_names, disallowed_layer_names)
-        found = {s.name:why or _why_not(s, calculator) for s,why in _layers(model, whitelist, allowed_layer_names, disallowed_layer_names, custom)}
-        report = ASPReport([n for n,why in found.items() if not why], {n:why for n,why in found.items() if why})
-        if verbosity>1: logger.info(f"ASP: {len(report.pruned)} parameters; skipped: {report.skipped or 'none'}")
-        if allow_permutation and example_input is None: logger.info("ASP: channels are not permuted, as there is no example_input to check the outputs with")
-        attach_masks(model, report.pruned)
-        cls._runs[model] = _Run(calculator, report, allow_recompute_mask, example_input if allow_permutation else None)
-        return report
+        model = cls._new(model)
+        run = _plan(model, mask_calculator, verbosity, whitelist, allowed_layer_names, disallowed_layer_names, allow_recompute_mask,
+                    custom_layer_dict or {}, allow_permutation, example_input)
+        return cls._start(model, run)
 
     @classmethod
     def init_optimizer_for_pruning(cls,
                                    optimizer, # PyTorch or fastai optimizer of a model that is initialized
                                   ):
         "Keep the optimizer's memory of masked weights at 0, and weights too if its steps could move them"
-        held = {id(p) for g in optimizer.param_groups for p in g['params']}
+        held = _held(optimizer)
         runs = [(m,r) for m,r in cls._runs.items() if any(id(p.param) in held for p in masked_params(m))]
         if not runs: raise RuntimeError("ASP: the optimizer holds no parameter of a model that init_model_for_pruning was called with")
         for model,run in runs:
@@ -113,15 +156,9 @@ class ASP:
         "Choose the masks by magnitude and cut; a second time only with `allow_recompute_mask`"
         for m,run in cls._selected(model):
             if run.is_done and not run.allow_recompute_mask: raise RuntimeError("ASP: masks can be computed anew only with allow_recompute_mask=True")
-            if run.example_input is not None: _permute(m, run)
-            params = _of(m, run)
-            for p in params: _restore(p, run)
-            masks = [outputs_first(p, run.calculator(outputs_first(p, p.param.detach().abs()), run.calculator.sparsity)) for p in params]
-            for p,mask in zip(params, masks):
-                if run.allow_recompute_mask: run.cut[p.name] = p.param.detach().masked_fill(mask, 0).cpu()
-                set_mask(p, mask)
-            for o in run.live_optimizers(): mask_optimizer(o, params)
-            run.is_done = True
+            if run.example_input is not None: _permute(m, run, first(run.live_optimizers()))
+            for p in _of(m, run): _restore(p, run)
+            _cut(m, run, _masks(m, run))
 
     @classmethod
     def restore_pruned_weights(cls,
@@ -140,10 +177,7 @@ class ASP:
                             example_input=None, # A batch, to permute channels first
                            )->ASPReport:
         "All at once: 2:4 masks for linear layers, convolutions and attention"
-        report = cls.init_model_for_pruning(model, 'm4n2_1d', 2, [nn.Linear,nn.Conv2d,nn.MultiheadAttention], example_input=example_input)
-        cls.init_optimizer_for_pruning(optimizer)
-        cls.compute_sparse_masks(model)
-        return report
+        return cls._prune(model, optimizer, 'm4n2_1d', [nn.Linear,nn.Conv2d,nn.MultiheadAttention], True, example_input)
 
     @classmethod
     def is_sparsity_enabled(cls,
@@ -162,27 +196,51 @@ class ASP:
         return len(cls._runs)>0 if model is None else unwrap_model(model) in cls._runs
 
     @classmethod
+    def _new(cls, model):
+        model = unwrap_model(model)
+        if model in cls._runs: raise RuntimeError("ASP: this model is initialized already")
+        return model
+
+    @classmethod
+    def _start(cls, model, run):
+        attach_masks(model, run.report.pruned)
+        cls._runs[model] = run
+        return run.report
+
+    @classmethod
+    def _prune(cls, model, optimizer, mask_calculator, whitelist, allow_permutation, example_input):
+        "All steps; what can fail comes first, so that a model is pruned or left as it was"
+        model,held = cls._new(model),_held(optimizer)
+        run,sites = _plan(model, mask_calculator, 2, whitelist, None, (), False, {}, allow_permutation, example_input),named_sites(model)
+        if not any(id(sites[n].param) in held for n in run.report.pruned): raise RuntimeError("ASP: the optimizer holds no parameter of the model that is to be pruned")
+        if run.example_input is not None: _permute(model, run, optimizer)
+        masks = _masks(model, run)
+        cls._start(model, run)
+        cls.init_optimizer_for_pruning(optimizer)
+        _cut(model, run, masks)
+        return run.report
+
+    @classmethod
     def _selected(cls, model):
         if model is None: chosen = list(cls._runs.items())
         else: chosen = [(m,r) for m,r in cls._runs.items() if m is unwrap_model(model)]
         if not chosen: raise RuntimeError("ASP: call init_model_for_pruning first")
         return chosen
 
-def _calculator(given):
-    if isinstance(given, str):
-        calculator = get_mask_type(given)
-        if not hasattr(calculator, 'sparsity'): raise ValueError(f"ASP: mask_calculator must be an N:M pattern, such as '2:4', got {given!r}")
-        return calculator
-    if not callable(given): raise TypeError(f"ASP: mask_calculator must be the name of a mask type or a function, got {given!r}")
-    return _OfParam(given)
-
-class _OfParam:
-    "A function of a parameter as a mask type"
-    sparsity = None
-    def __init__(self, f): self.f = f
-    def __call__(self, scores, sparsity): return self.f(scores).bool()
-
 def _of(model, run): return [p for p in masked_params(model) if p.name in run.report.pruned]
+
+def _masks(model, run):
+    "By magnitude, for each parameter that is pruned"
+    sites = map(named_sites(model).get, run.report.pruned)
+    return [outputs_first(s, run.calculator(outputs_first(s, s.param.detach().abs()), run.calculator.sparsity)) for s in sites]
+
+def _cut(model, run, masks):
+    params = _of(model, run)
+    for p,mask in zip(params, masks):
+        if run.allow_recompute_mask: run.cut[p.name] = p.param.detach().masked_fill(mask, 0).cpu()
+        set_mask(p, mask)
+    for o in run.live_optimizers(): mask_optimizer(o, params)
+    run.is_done = True
 
 def _restore(p, run):
     "Put back what the mask of `p` has cut"
@@ -191,11 +249,8 @@ def _restore(p, run):
     set_mask(p, torch.ones_like(p.mask))
     p.param.data.add_(cut.to(p.param))
 
-def _permute(model, run):
-    n,m = getattr(run.calculator, 'n', None),getattr(run.calculator, 'm', None)
-    if n is None: return logger.info("ASP: channels are not permuted for a mask_calculator that is a function")
-    optimizers = run.live_optimizers()
-    run.report.permutation = permute_channels(model, run.example_input, n, m, run.report.pruned, optimizer=optimizers[0] if optimizers else None)
+def _permute(model, run, optimizer):
+    run.report.permutation = permute_channels(model, run.example_input, run.calculator.n, run.calculator.m, run.report.pruned, optimizer=optimizer)
     run.example_input = None
 
 def _mask_after_step(model):
@@ -204,7 +259,7 @@ def _mask_after_step(model):
         mask_optimizer(optimizer, masked_params(model()))
     return _inner
 
-# %% ../nbs/16_asp.ipynb #21c45810
+# %% ../nbs/16_asp.ipynb #31e8ab53
 class ASPCallback(TrainingCallback):
     "Prunes a trained model to `mask_calculator` before training goes on"
     def __init__(self,
@@ -212,13 +267,12 @@ class ASPCallback(TrainingCallback):
                  allow_permutation:bool=True, # Permute channels first?
                 ): store_attr()
 
-    def before_fit(self):
-        if not ASP.already_init_asp_model(self.model):
-            example = self._example() if self.allow_permutation else None
-            self.report = ASP.init_model_for_pruning(self.model, self.mask_calculator, allow_permutation=self.allow_permutation, example_input=example)
-            ASP.init_optimizer_for_pruning(self.opt)
-            ASP.compute_sparse_masks(self.model)
-        MaskEnforcer.ensure(self.learn).before_fit()
+    def before_fit(self): MaskEnforcer.ensure(self.learn).before_fit()
+
+    def fit_starts(self):
+        if ASP.already_init_asp_model(self.model): return
+        example = self._example() if self.allow_permutation else None
+        self.report = ASP._prune(self.model, self.opt, self.mask_calculator, _DEFAULT, self.allow_permutation, example)
 
     def _example(self):
         with no_random(): batch = self.dls.one_batch() if hasattr(self.dls, 'one_batch') else first(self.dls.train)

@@ -3,6 +3,7 @@ import copy
 import pytest, torch
 from torch import nn
 from fastsparse_create.all import *
+from utils import mlp,tiny_learner,until_interrupted,Interrupt
 
 def toy(n_in=8, hidden=32, n_out=8, batch=32):
     sizes = [n_in,hidden,hidden,hidden,n_out]
@@ -51,8 +52,53 @@ def test_which_layers_are_pruned():
     report = ASP.init_model_for_pruning(model)
     assert report.pruned==['8x16.weight','8x32.weight']
     assert all('multiple of 8 outputs by 16 inputs' in why for why in report.skipped.values()) and len(report.skipped)==6
-    frozen = nn.Linear(16, 8).requires_grad_(False)
-    assert "doesn't train" in str(ASP.init_model_for_pruning(frozen))
+    frozen = nn.ModuleList([nn.Linear(16, 8).requires_grad_(False), nn.Linear(16, 8)])
+    assert "0.weight: skipped, it doesn't train" in str(ASP.init_model_for_pruning(frozen))
+
+def odd(): return nn.Sequential(nn.Linear(64,300), nn.ReLU(), nn.Linear(300,100), nn.ReLU(), nn.Linear(100,10))
+
+def untouched(model): return not ASP.already_init_asp_model(model) and not masked_params(model) and not list(model.buffers())
+
+@pytest.mark.parametrize('prune', [ASP.init_model_for_pruning, lambda m: ASP.prune_trained_model(m, torch.optim.SGD(m.parameters(), .1))])
+def test_nothing_left_to_prune(prune):
+    model = odd()
+    with pytest.raises(ValueError, match=r'nothing is left to prune.* 0.weight: shape \(300, 64\) is no multiple of 8 outputs by 16 inputs'): prune(model)
+    assert untouched(model)
+    with pytest.raises(ValueError, match='no layer of the whitelist'): prune(nn.Sequential(nn.ReLU(), nn.LayerNorm(4)))
+
+def test_nothing_left_to_prune_in_a_learner():
+    learn = tiny_learner(odd(), shape=(64,), d_out=10, cbs=ASPCallback())
+    for _ in range(2):
+        with pytest.raises(ValueError, match='nothing is left to prune'): learn.fit(1)
+        assert untouched(learn.model)
+
+@pytest.mark.parametrize('optimizer,error,says', [
+    (None, TypeError, 'optimizer must be a PyTorch or fastai optimizer, got None'),
+    (torch.optim.SGD(nn.Linear(2,2).parameters(), .1), RuntimeError, 'holds no parameter')])
+def test_the_optimizer_is_checked_before_anything_is_changed(optimizer, error, says):
+    model = toy(16, 32)
+    with pytest.raises(error, match=says): ASP.prune_trained_model(model, optimizer)
+    assert untouched(model)
+    with pytest.raises(error, match=says): ASP.init_optimizer_for_pruning(optimizer)
+
+def test_the_optimizer_of_another_initialized_model_is_refused():
+    model,other = toy(16, 32),nn.Linear(16, 8)
+    ASP.init_model_for_pruning(other)
+    with pytest.raises(RuntimeError, match='holds no parameter'): ASP.prune_trained_model(model, torch.optim.SGD(other.parameters(), .1))
+    assert untouched(model)
+
+@pytest.mark.parametrize('example', [None, torch.randn(4,16), torch.randn(4,5)])
+def test_a_model_that_cannot_be_pruned_is_left_as_it_was(example):
+    model = nn.Sequential(nn.Linear(16,32), nn.ReLU(), nn.Linear(32,8))
+    if example is None or example.shape[1]==16: model[0].weight.data[0,0] = torch.nan
+    before = weights(model)
+    with pytest.raises(ValueError, match="NaN|doesn't run through the model"):
+        ASP.prune_trained_model(model, torch.optim.SGD(model.parameters(), .1), example_input=example)
+    assert untouched(model) and before.keys()==weights(model).keys()
+
+@pytest.mark.parametrize('arg,value', [('whitelist',['Linear']), ('whitelist','Linear'), ('whitelist',nn.Linear), ('custom_layer_dict',{'Linear':['weight']})])
+def test_classes_of_layers_are_checked(arg, value):
+    with pytest.raises(TypeError, match=f'ASP: {arg} must be .*classes of layers'): ASP.init_model_for_pruning(nn.Linear(16,8), **{arg:value})
 
 def test_several_models_in_one_process():
     models = [nn.Linear(16, 8), nn.Linear(32, 16)]
@@ -117,6 +163,35 @@ def test_permutation_keeps_the_function_and_more_magnitude():
     kept = [sum(p.param.abs().sum() for p in masked_params(m)) for m in (model,plain)]
     assert kept[0]>kept[1]
     assert not torch.allclose(model(x), before)  # pruned, of course
+
+def test_why_channels_are_not_permuted_is_reported():
+    assert 'channels are not permuted, as there is no example_input' in str(ASP.init_model_for_pruning(nn.Linear(16,8)))
+    assert 'permuted' not in str(ASP.init_model_for_pruning(nn.Linear(16,8), allow_permutation=False))
+    model = nn.Linear(16,8)
+    report = ASP.init_model_for_pruning(model, lambda w: w>0, example_input=torch.randn(2,16))
+    ASP.compute_sparse_masks(model)
+    assert 'channels are not permuted for a mask_calculator that is a function' in str(report) and report.permutation is None
+
+def test_only_training_prunes(tmp_path):
+    learn = tiny_learner(mlp(16, 32), shape=(16,), path=tmp_path, cbs=ASPCallback())
+    before = weights(learn.model)
+    learn.create_opt()
+    learn.validate()
+    learn.get_preds()
+    learn.lr_find(num_it=20, show_plot=False)
+    assert same(before, weights(learn.model)) and not ASP.already_init_asp_model(learn.model)
+    learn.fit(1)
+    assert is_nm(learn.model[2].weight, 2, 4) and learn.model[2].weight.count_nonzero()==32*16
+    assert learn.recorder.metric_names[-2]=='sparsity' and learn.final_record[-1]==pytest.approx(.5)
+    learn.validate()
+
+def test_later_fits_prune_nothing_anew():
+    learn = tiny_learner(mlp(16, 32), shape=(16,), cbs=[ASPCallback('2:4'),Interrupt('before_step', 2)])
+    until_interrupted(learn.fit, 2)
+    mask = masked_params(learn.model)[0].mask.clone()
+    learn.remove_cbs(Interrupt)
+    learn.fit(1)
+    assert mask.equal(masked_params(learn.model)[0].mask) and is_nm(learn.model[2].weight, 2, 4)
 
 def test_custom_layers_and_functions():
     class Table(nn.Module):
