@@ -19,7 +19,7 @@ from .plots import as_percent,pooled,show_pixels,stacked_panels
 from .selection import *
 from .sparse.linear import sparse_params
 
-# %% ../nbs/33_mask_plots.ipynb #4ca62631
+# %% ../nbs/33_mask_plots.ipynb #dc2c1d97
 @patch
 def plot_mask_updates(self:Recorder,
                       ax=None, # Axes to draw in; default: a new figure
@@ -27,17 +27,25 @@ def plot_mask_updates(self:Recorder,
     "Draw what the updates of the masks did in the last fit"
     updates = getattr(self, 'mask_updates', None)
     if not updates: raise ValueError("plot_mask_updates: no update of masks was recorded, as the last fit had no dynamic sparse training or ended before its first update")
-    n_layers = len(updates[0].sparsities)
+    sparsities = _carried_on([u.sparsities for u in updates])
+    n_layers = len(sparsities)
     ax,(moves,ever,layers) = stacked_panels(ax, [1.4,1.2,.1+n_layers*(.22 if n_layers<=20 else .14)])
     batches = [u.batch for u in updates]
     _draw_shares(moves, batches, {'dropped':[u.fraction for u in updates], 'new':[u.churn for u in updates]})
     moves.set(ylabel='connections', ylim=(0,1.1*max(.01, *(max(u.fraction, u.churn) for u in updates))))
     _draw_shares(ever, batches, {'':[u.ever_active for u in updates]})
-    ever.set(ylabel='ever connected', ylim=(0,1.1*updates[-1].ever_active))
+    ever.set(ylabel='ever connected', ylim=(0,1.1*max(u.ever_active for u in updates)))
     n = max(len(self.lrs), batches[-1]+1)
-    _draw_layers(layers, [*batches,n], {k:[u.sparsities[k] for u in updates] for k in updates[0].sparsities})
+    _draw_layers(layers, [*batches,n], sparsities)
     layers.set(xlabel='batch', xlim=(0,n))
     return ax
+
+def _carried_on(updates):
+    "Name -> sparsity after each update, NaN before the first that knows the name; each callback knows only its own layers"
+    res = {n:[] for u in updates for n in u}
+    for u in updates:
+        for n,values in res.items(): values.append(u[n] if n in u else values[-1] if values else np.nan)
+    return res
 
 def _draw_shares(ax, xs, lines):
     for label,ys in lines.items(): ax.plot(xs, ys, '.-' if len(xs)<=60 else '-', label=label, ms=4)
@@ -46,14 +54,15 @@ def _draw_shares(ax, xs, lines):
 
 def _draw_layers(ax, edges, sparsities):
     densities = 1-np.array(list(sparsities.values()))
-    lowest = max(1e-4, densities.min())
+    lowest = max(1e-4, np.nanmin(densities))
     ax.pcolormesh(edges, np.arange(len(sparsities)+1), densities.clip(lowest), cmap='Blues', norm=LogNorm(lowest/2, 2))
     ax.hlines(range(len(sparsities)), edges[0], edges[-1], color='w', lw=.8)
     size = 'small' if len(sparsities)<=20 else 'x-small'
     ax.set_yticks(np.arange(len(sparsities))+.5, list(sparsities), fontsize=size)
     ax.set_ylim(len(sparsities), 0)
     ax.tick_params(axis='y', length=0)
-    for i,(first,*_,last) in enumerate([s[0],*s] for s in sparsities.values()):
+    for i,s in enumerate(sparsities.values()):
+        first,last = next(o for o in s if o==o),s[-1]
         change = f'{first:.1%}' if f'{first:.1%}'==f'{last:.1%}' else f'{first:.1%} → {last:.1%}'
         ax.text(1.01, i+.5, change, transform=ax.get_yaxis_transform(), va='center', fontsize=size)
     ax.text(1.01, 0, 'sparsity', transform=ax.get_yaxis_transform(), va='bottom', fontsize='small', color='.4')

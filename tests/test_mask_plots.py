@@ -44,6 +44,29 @@ def test_one_update_and_dense_and_empty_layers():
     assert [t.get_text() for t in ax.child_axes[2].texts]==['0.0%','100.0%','sparsity']
     ax.figure.canvas.draw()
 
+def test_two_callbacks_have_layers_of_their_own():
+    learn = tiny_learner(n_trn=10)
+    learn.fit(2, cbs=[RigL(.9, every=4, params=['0']), SET(.5, every=3, params=['2'])])
+    updates = learn.recorder.mask_updates
+    assert {tuple(u.sparsities) for u in updates}=={('0.weight',),('2.weight',)}
+    ax = learn.recorder.plot_mask_updates()
+    layers,names = ax.child_axes[2],list(dict.fromkeys(n for u in updates for n in u.sparsities))
+    assert [t.get_text() for t in layers.get_yticklabels()]==names
+    shown = np.ma.filled(layers.collections[0].get_array().reshape(2, len(updates)), np.nan)
+    final = {n:[u.sparsities[n] for u in updates if n in u.sparsities][-1] for n in names}
+    assert np.isfinite(shown[0]).all() and np.isnan(shown[1,0]) and np.allclose(shown[:,-1], [1-final[n] for n in names])
+    ax.figure.canvas.draw()
+
+def test_what_an_update_does_not_know_stays_as_it_was():
+    values = [{'b':.9},{'a':.5},{'b':.8},{'b':.7,'c':0.},{'a':.4}]
+    updates = [MaskUpdate(batch=i, epoch=i, fraction=.1, sparsities=s, churn=.1, ever_active=[.5,.2][i%2]) for i,s in enumerate(values)]
+    _,ever,layers = recorder(updates).plot_mask_updates().child_axes
+    assert [t.get_text() for t in layers.get_yticklabels()]==['b','a','c']
+    expected = [[.1,.1,.2,.3,.3],[np.nan,.5,.5,.5,.6],[np.nan]*3+[1.,1.]]
+    assert np.allclose(np.ma.filled(layers.collections[0].get_array().reshape(3, 5), np.nan), expected, equal_nan=True)
+    assert [t.get_text() for t in layers.texts]==['90.0% → 70.0%','50.0% → 40.0%','0.0%','sparsity']
+    assert ever.get_ylim()==(0,1.1*.5)
+
 @pytest.mark.parametrize('updates', [[],None])
 def test_no_update_was_recorded(updates):
     with pytest.raises(ValueError, match='no update of masks was recorded'): recorder(updates).plot_mask_updates()
