@@ -883,6 +883,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'fastsparse_create/mask_plots.py'),
                                               'fastsparse_create.mask_plots.MaskHistory._take': ( 'mask_plots.html#maskhistory._take',
                                                                                                   'fastsparse_create/mask_plots.py'),
+                                              'fastsparse_create.mask_plots.MaskHistory.after_batch': ( 'mask_plots.html#maskhistory.after_batch',
+                                                                                                        'fastsparse_create/mask_plots.py'),
                                               'fastsparse_create.mask_plots.MaskHistory.after_train': ( 'mask_plots.html#maskhistory.after_train',
                                                                                                         'fastsparse_create/mask_plots.py'),
                                               'fastsparse_create.mask_plots.MaskHistory.before_batch': ( 'mask_plots.html#maskhistory.before_batch',

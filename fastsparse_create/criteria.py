@@ -9,7 +9,7 @@ __all__ = ['magnitude', 'random_scores', 'gradient', 'check_criterion', 'seeded'
 import inspect,torch,zlib
 from torch import Tensor
 
-# %% ../nbs/04_criteria.ipynb #4d04061e
+# %% ../nbs/04_criteria.ipynb #8ead8509
 def magnitude(param:Tensor, # Any parameter
               **_)->Tensor: # Scores of its shape
     "The weight's absolute value"
@@ -26,8 +26,6 @@ def gradient(param:Tensor, # Any parameter
              **_)->Tensor: # Scores of its shape
     "The gradient's absolute value: how fast the loss falls if the weight may move ([RigL](https://arxiv.org/abs/1911.11134))"
     return grad.abs()
-
-magnitude.is_elementwise = gradient.is_elementwise = True
 
 # %% ../nbs/04_criteria.ipynb #c254bccb
 def check_criterion(owner:str, # Who takes it, for the message

@@ -31,7 +31,7 @@ def _is_trusted(learn, params):
     known = all(type(cb).__module__.split('.')[0] in ('fastai','fastsparse_create') and type(cb) is not Callback for cb in learn.cbs)
     return known and all(id(p.param) in held for p in params) and keeps_zeros(learn.opt)
 
-# %% ../../nbs/10_callback.core.ipynb #789ac6e8
+# %% ../../nbs/10_callback.core.ipynb #612497eb
 class MaskEnforcer(Callback):
     "Keeps masked weights and their momentum at 0, masks gradients, and reports the measured `sparsity`"
     order = 10.5  # gradients are complete and unscaled after MixedPrecision (10), and not yet clipped (11)
@@ -57,7 +57,7 @@ class MaskEnforcer(Callback):
         "Take note of masks that were attached, changed or released"
         masked = masked_params(self.model)
         self._params = [p for p in masked if p.is_enforced]
-        self._held = sum(p.mask.numel()-int(p.mask.count_nonzero()) for p in self._params)/max(1, sum(p.mask.numel() for p in masked))
+        self._held = sum(p.mask.numel()-n_kept(p.mask) for p in self._params)/max(1, sum(p.mask.numel() for p in masked))
 
     def _mask_all(self):
         mask_tensors([p.param for p in self._params], [p.mask for p in self._params])

@@ -23,7 +23,7 @@ from ..sparse.linear import *
 from ..selection import *
 from ..sparsify import *
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #0391dfd9
+# %% ../../nbs/15a_callback.dynamic.ipynb #d141b20f
 def drop_and_grow(mask:Tensor, # Boolean, True where there is a connection
                   keep_scores:Tensor, # Of the mask's shape; the highest of what is connected stay
                   grow_scores:Tensor, # Of the mask's shape; the highest of all the others are grown
@@ -51,7 +51,7 @@ def _exchanged(mask, drop, grow, n_keep, n_total):
 def _exchanged_groups(mask, active, keep_scores, grow_scores, n_keep, n_total):
     "Blocks are kept and grown as a whole. Their number is what counts, as incomplete ones hold fewer weights"
     active = active>0
-    groups_a_weight = _count(active)/_count(mask) if mask.any() else active.numel()/mask.numel()
+    groups_a_weight = n_kept(active)/n_kept(mask) if mask.any() else active.numel()/mask.numel()
     return drop_and_grow(active, keep_scores, grow_scores, round(n_keep*groups_a_weight), round(n_total*groups_a_weight))
 
 def _best_of(candidates, scores, n):
@@ -72,7 +72,7 @@ class MaskUpdate:
     churn:float # Share of the connections that are new
     ever_active:float # Share of all weights that have been connected at some time ([ITOP](https://arxiv.org/abs/2102.02887)'s R_s)
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #fa400159
+# %% ../../nbs/15a_callback.dynamic.ipynb #e096faed
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
@@ -165,7 +165,7 @@ class DropAndGrow(PruningModifier, abstract=True):
 
     def has_pattern(self, mask):
         "Is it a mask that stays as it is if nothing is exchanged?"
-        try: return drop_and_grow(mask, mask.float(), mask.float(), _count(mask), _count(mask), self.calculator).equal(mask)
+        try: return drop_and_grow(mask, mask.float(), mask.float(), n_kept(mask), n_kept(mask), self.calculator).equal(mask)
         except ValueError: return False
 
     def _make_masks(self, epoch):
@@ -260,7 +260,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         masks = [self.new_mask(p, c, *n) for p,c,n in zip(live, contexts, self.counts(live, contexts, share))]
         self._gathered = {}
         if not self._ever: self._ever = {p.name:p.mask.clone() for p in self._params}
-        n_new = sum(_count(m>c['mask']) for m,c in zip(masks, contexts))
+        n_new = sum(n_kept(m>c['mask']) for m,c in zip(masks, contexts))
         for p,mask in zip(live, masks): p.rewire(mask, self.opt)
         self.learn.mask_enforcer.refresh()
         if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates.append(self._note(batch, share, n_new, {p.name:m for p,m in zip(live, masks)}))
@@ -273,13 +273,13 @@ class DropAndGrow(PruningModifier, abstract=True):
         if type(self.calculator) is not Unstructured or mask.is_cuda:
             turned = [outputs_first(p, t) for t in (mask, _checked(p, self.keep_f, context), _checked(p, self.grow_f, context))]
             return outputs_first(p, drop_and_grow(*turned, n_keep, n_total, self.calculator))
-        drop = _stored_picker(p, self.keep_f, context) if isinstance(p, SparseParam) and _is_elementwise(self.keep_f) else partial(pick, _scores(p, self.keep_f, context))
+        drop = _stored_picker(p) if isinstance(p, SparseParam) and self.keep_f is magnitude else partial(pick, _scores(p, self.keep_f, context))
         grow = partial(_draw, context['generator']) if self.grow_f is random_scores else partial(pick, _scores(p, self.grow_f, context))
         return _exchanged(mask, drop, grow, n_keep, n_total)
 
     def counts(self, live, contexts, share):
         "How many connections of each layer stay, and how many it has afterwards"
-        had = [_count(c['mask']) for c in contexts]
+        had = [n_kept(c['mask']) for c in contexts]
         keep = [n-int(share*n) for n in had]
         if self.redistribute_f is None: return zip(keep, had)
         needs = [_mean(_scores(p, self.redistribute_f, c), c['mask'].flatten()) for p,c in zip(live, contexts)]
@@ -293,10 +293,8 @@ class DropAndGrow(PruningModifier, abstract=True):
         for p in self._params:
             mask,ever = masks[p.name] if p.name in masks else p.mask,self._ever[p.name]
             ever |= mask
-            n_active[p.name],n_ever,numels[p.name] = _count(mask),n_ever+_count(ever),mask.numel()
+            n_active[p.name],n_ever,numels[p.name] = n_kept(mask),n_ever+n_kept(ever),mask.numel()
         return MaskUpdate(batch, self.now, share, {n:1-k/numels[n] for n,k in n_active.items()}, n_new/max(1, sum(n_active.values())), n_ever/sum(numels.values()))
-
-def _count(mask): return int(mask.count_nonzero()) if mask.is_cuda else int(np.count_nonzero(mask.numpy()))
 
 def _checked(p, criterion, context):
     scores = criterion(p.weight, **context)
@@ -306,29 +304,27 @@ def _checked(p, criterion, context):
 
 def _scores(p, criterion, context):
     "The scores of a layer, as an array or what gives one for a slice"
-    grad = context['grad']
-    if criterion is gradient: return _LazyScores(criterion, grad, grad)  # a sparse layer would have to make its weight, only to be ignored
-    return _LazyScores(criterion, p.weight, grad) if _is_elementwise(criterion) else _as_array(_checked(p, criterion, context))
+    if criterion is gradient: return _Absolute(context['grad'])
+    if criterion is magnitude: return _Absolute(p.weight)
+    return _as_array(_checked(p, criterion, context))
 
-def _is_elementwise(criterion): return getattr(criterion, 'is_elementwise', False)
+def _stored_picker(p):
+    "Chooses the lowest of what a sparse layer stores, so that it need not become dense"
+    where,scores = p.layer.positions.numpy(),_Absolute(p.param.detach())
+    return lambda _,n,lowest: where[pick(scores, np.ones(len(where), bool), n, lowest)]
 
-def _stored_picker(p, criterion, context):
-    "Chooses among the connections of a sparse layer, whose weights need not be looked up in a dense one"
-    where,grad = p.layer.positions,context['grad']
-    scores = _LazyScores(criterion, p.param.detach(), None if grad is None else grad.flatten()[where])
-    return lambda _,n,lowest: where.numpy()[pick(scores, np.ones(len(where), bool), n, lowest)]
-
-def _mean(scores, mask, step=1<<17):
+def _mean(scores, mask, step=1<<16):
     "Mean score of what `mask` keeps; 0 if that is nothing"
     mask = mask.cpu().numpy()
     total = sum(float(np.dot(scores[i:i+step], mask[i:i+step].astype('f'))) for i in range(0, len(mask), step))
     return total/max(1, np.count_nonzero(mask))
 
-class _LazyScores:
-    "Scores that are computed where they are asked for"
-    def __init__(self, criterion, weight, grad): self.criterion,self.weight,self.grad = criterion,weight.flatten(),None if grad is None else grad.flatten()
+class _Absolute:
+    "Absolute values, computed where they are asked for: each array is good until the next one"
+    def __init__(self, x): self.x,self.buffer = _as_array(x),np.empty(1<<16, _as_array(x).dtype)
     def __getitem__(self, where):
-        return _as_array(self.criterion(self.weight[where], grad=None if self.grad is None else self.grad[where]).cpu())
+        x = self.x[where]
+        return np.abs(x, out=self.buffer[:len(x)]) if len(x)<=len(self.buffer) else np.abs(x)
 
 def _draw(generator, eligible, n):
     "`n` of the `eligible` at random: what ranking random scores comes to, without one for each weight"

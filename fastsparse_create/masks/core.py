@@ -10,8 +10,8 @@ import math,re,numpy as np,torch
 from difflib import get_close_matches
 from torch import Tensor
 
-# %% ../../nbs/00_masks.core.ipynb #4ae2c5d7
-_SAMPLE,_CHUNK = 1<<15,1<<17
+# %% ../../nbs/00_masks.core.ipynb #a40c2fb9
+_SAMPLE,_CHUNK = 1<<15,1<<16
 
 def _refuse_nan(highest):
     if np.isnan(highest): raise ValueError("scores hold NaN")
@@ -29,16 +29,16 @@ def _top(scores, # 1-D array of scores
     chosen[ties[:n-np.count_nonzero(chosen)]] = True
     return chosen
 
-def _every(size):
-    "A slice of about `_SAMPLE` elements; its step shares no divisor with `size`, so that it doesn't keep to some columns of a matrix"
-    step = size//_SAMPLE
+def _every(size, n):
+    "A slice of about `n` elements; its step shares no divisor with `size`, so that it doesn't keep to some columns of a matrix"
+    step = size//n
     while math.gcd(step, size)>1: step += 1
     return slice(None, None, step)
 
 def _top_sampled(scores, n):
     "`_top` for long arrays: partitions only what a sample can't decide"
     size = len(scores)
-    sample = np.sort(scores[_every(size)])
+    sample = np.sort(scores[_every(size, _SAMPLE)])
     rank,slack = len(sample)*(1-n/size),3*(len(sample)*n/size*(1-n/size))**.5+1  # three standard deviations
     lo,hi = (sample[int(np.clip(r, 0, len(sample)-1))] for r in (rank-slack,rank+slack))
     chosen,unsure = np.empty(size, bool),[]
@@ -80,7 +80,7 @@ def _top_cuda(scores, n):
     chosen,ties = scores>threshold,scores==threshold
     return chosen | (ties & (ties.cumsum(0)<=n-chosen.sum()))
 
-# %% ../../nbs/00_masks.core.ipynb #51a9236b
+# %% ../../nbs/00_masks.core.ipynb #535440cd
 def pick(scores, # 1-D array, or whatever gives one for `scores[slice]`; higher is more important
          eligible:np.ndarray, # 1-D boolean array: what may be chosen
          n:int, # How many to choose, at most those that are eligible
@@ -95,9 +95,10 @@ def pick(scores, # 1-D array, or whatever gives one for `scores[slice]`; higher 
 
 def _limit(scores, eligible, n, lowest):
     "A score that the `n` best are very likely to reach, from a sample; None if there is no telling"
-    some = _every(len(eligible))
-    sample = np.sort(scores[some][eligible[some]])
-    share = n/max(1, np.count_nonzero(eligible))
+    some = _every(len(eligible), _SAMPLE//4)
+    inside = eligible[some]
+    sample = np.sort(scores[some][inside])
+    share = min(1., n*len(inside)/(len(eligible)*max(1, len(sample))))
     rank = int(len(sample)*share+3*(len(sample)*share*(1-share))**.5+1)  # three standard deviations
     if rank<len(sample): return sample[rank if lowest else -1-rank]
 
