@@ -68,7 +68,7 @@ def _draw_layers(ax, edges, sparsities):
     ax.text(1.01, 0, 'sparsity', transform=ax.get_yaxis_transform(), va='bottom', fontsize='small', color='.4')
     ax.spines['left'].set_visible(False)
 
-# %% ../nbs/33_mask_plots.ipynb #864286be
+# %% ../nbs/33_mask_plots.ipynb #e66153a8
 class MaskHistory(TrainingCallback):
     "Keeps the masks of layers over training, for `plot_mask_history` and `animate_mask_history`"
     order = 10.6  # modifiers (10.2) have changed masks
@@ -84,9 +84,10 @@ class MaskHistory(TrainingCallback):
 
     def fit_starts(self):
         model = unwrap_model(self.model)
-        if model is not self._model: self.epochs,self._pictures = [],[]
+        if model is not self._model: self.epochs,self._pictures,self._position = [],[],0.
         self._model = model
-        self._done = self._due = self.epochs[-1] if self.epochs else 0.
+        self._done = self._position if self.resumed_at is None else 0.
+        self._due = self._done+(self.resumed_at or 0)
         self._check()
 
     def _check(self):
@@ -102,12 +103,14 @@ class MaskHistory(TrainingCallback):
         now = self._done+self.epoch+self.iter/self.n_iter
         if now+1e-6>=self._due: self._take(now)
 
+    def after_batch(self): self._position = self._done+self.epoch+(self.iter+1)/self.n_iter
+
     def after_train(self):
-        if self.epoch==self.n_epoch-1: self._take(self._done+self.n_epoch)
+        if self.epoch==self.n_epoch-1: self._take(self._position)
 
     def _take(self, epoch):
         while self._due<=epoch+1e-6: self._due += self.every
-        if self.epochs and epoch==self.epochs[-1]: self.epochs.pop(),self._pictures.pop()
+        while self.epochs and self.epochs[-1]>epoch-1e-6: self.epochs.pop(),self._pictures.pop()
         self.epochs.append(epoch)
         masks = {n:m for n,m in _masks(self._model).items() if any(_stands_for(e, n) for e in self._entries())}
         self._pictures.append({n:(np.packbits(m.numpy()),m.shape) for n,m in masks.items()})

@@ -111,6 +111,33 @@ def test_fits_follow_upon_one_another():
     learn.fit(1)
     assert learn.mask_history.epochs==[0,1,2,3]
 
+def test_clock_is_that_of_the_updates():
+    class At(Callback):
+        run_valid,order = False,90
+        def __init__(self): self.now = []
+        def before_batch(self): self.now.append(self.learn.dynamic_sparse_training.now)
+    dynamic,clock = SET(.5, every=2, params=['2.weight']),At()
+    learn = tiny_learner(cbs=[MaskHistory('2.weight', 1e-3), dynamic, clock], n_trn=8)
+    stop = Interrupt('before_batch', 4, 1)
+    until_interrupted(learn.fit, 2, cbs=stop)
+    assert learn.mask_history.epochs==clock.now==[i/8 for i in range(12)]
+    learn.fit(2)
+    assert learn.mask_history.epochs==[*clock.now,3.5]==[i/8 for i in range(29)]
+    assert {u.epoch for u in learn.recorder.mask_updates}<=set(learn.mask_history.epochs)
+
+def test_interrupted_fits_go_on_from_there():
+    learn = tiny_learner(half(mlp()), cbs=MaskHistory('2.weight'), n_trn=8)
+    until_interrupted(learn.fit, 2, cbs=Interrupt('before_batch', 4, 1))
+    learn.fit(2)
+    assert learn.mask_history.epochs==[0,1,1.5,2.5,3.5]
+
+def test_what_is_trained_anew_takes_the_place_of_what_was_there():
+    learn = trained(model=half(mlp()), n_epoch=3)
+    learn.fit(3, start_epoch=1)
+    assert learn.mask_history.epochs==[0,.5,1,1.5,2,2.5,3] and len(learn.mask_history._pictures)==7
+    learn.fit(1)
+    assert learn.mask_history.epochs[-1]==4
+
 def test_another_model_has_its_own_history():
     learn = trained(model=half(mlp()))
     other = tiny_learner(model=half(mlp()), cbs=learn.mask_history)
