@@ -65,6 +65,12 @@ def test_snfs():
     _,report = counted(model=half(mlp()), cbs=Looks(1))
     assert report.rows[1].sparse_training==4*8*(2*2*128+2*256)
 
+@pytest.mark.parametrize('kwargs,dense', [({},22), (dict(num_grads=5),5), (dict(every=10, num_grads=4),12)])
+def test_snfs_looks_only_before_updates(kwargs, dense):
+    dynamic = SNFS(.5, params=['2.weight'], **{'every':30, 'T_end':1., **kwargs})
+    _,report = counted(cbs=dynamic, n_trn=31)
+    assert (report.batches,report.dense_batches)==(31,dense)
+
 @pytest.mark.parametrize('method', [SET,RigL,SNFS])
 def test_dynamic_sparse_training(method):
     asked = Note('before_backward', lambda cb: cb.learn.dynamic_sparse_training.needs_dense_grad)
