@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 cfg = ConfigParser(delimiters=['='])
 cfg.read('settings.ini')
 cfg = cfg['DEFAULT']
+extras = {name: cfg[f'{name}_requirements'].split() for name in cfg['extras'].split()}
 
 setup(
     name=cfg['lib_name'],
@@ -20,7 +21,7 @@ setup(
     packages=find_packages(include=['fastsparse_create*']),
     include_package_data=True,
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={**extras, 'dev': [*cfg['dev_requirements'].split(), *sum(extras.values(), [])]},
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Developers',
                  'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
