@@ -27,6 +27,6 @@ from .report import *
 from .flops import *
 from .plots import *
 from .mask_plots import *
-from .export import *
+from .export.semi_structured import *
 from .sparse.inference import *
 from .compact import *
