@@ -194,7 +194,7 @@ def _to_opset(proto, opset):
     except onnx.checker.ValidationError as e: raise ValueError(f"opset: the model can't be written in opset {opset}: {str(e).splitlines()[0]}") from e
     return proto
 
-# %% ../../nbs/60b_export.onnx.ipynb #6ad4ac04
+# %% ../../nbs/60b_export.onnx.ipynb #d74c2244
 class OnnxModel(nn.Module):
     "An ONNX file as a module, run by ONNX Runtime on the CPU"
     def __init__(self,
@@ -206,6 +206,7 @@ class OnnxModel(nn.Module):
         import onnxruntime as ort
         options = ort.SessionOptions()
         options.intra_op_num_threads,options.log_severity_level = n_threads or torch.get_num_threads(),4
+        options.add_session_config_entry('session.force_spinning_stop', '1')  # threads that wait for its next run would slow down others
         self.session = ort.InferenceSession(path if isinstance(path, bytes) else os.fspath(path), options, providers=['CPUExecutionProvider'])
         self.inputs,self.outputs = ([o.name for o in os] for os in (self.session.get_inputs(), self.session.get_outputs()))
 
@@ -287,7 +288,7 @@ def _differences(expected, got):
     same,ahead = choices
     return {'max_abs':max_abs, 'rel_rms':rel_rms, 'agreement':same.double().mean().item(), 'margin':ahead[~same].max().item() if (~same).any() else 0.}
 
-# %% ../../nbs/60b_export.onnx.ipynb #9a9bb777
+# %% ../../nbs/60b_export.onnx.ipynb #33d701ff
 @contextmanager
 def _quietly():
     "Nothing of what the exporter says can be helped by its user"
@@ -392,8 +393,8 @@ def _runtime():
     return f'onnxruntime {onnxruntime.__version__}'
 
 def _is_quantized(model):
-    from fastsparse_create.quantization.layers import QuantizedLayer
-    return any(isinstance(m, QuantizedLayer) for m in model.modules())
+    from fastsparse_create.quantization.convert import is_quantized
+    return is_quantized(model)
 
 def _deployed(model, example):
     "A copy of a quantized model that computes in integers, and how to write it"
