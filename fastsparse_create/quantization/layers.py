@@ -6,7 +6,8 @@
 __all__ = ['observing', 'quantized_types', 'encode_scheme', 'decode_scheme', 'quantize_activation', 'next_call', 'reset_calls',
            'quantize_output', 'in_float', 'full_precision', 'QuantizedLayer', 'QuantLinear', 'QuantConv1d',
            'QuantConv2d', 'QuantConv3d', 'QuantConvTranspose1d', 'QuantConvTranspose2d', 'QuantConvTranspose3d',
-           'QuantEmbedding', 'QuantMultiheadAttention', 'why_not_quantized', 'n_input_rows', 'quantize_layer_']
+           'QuantEmbedding', 'QuantMultiheadAttention', 'why_not_quantized', 'n_input_rows', 'quantize_layer_',
+           'keep_ranges']
 
 # %% ../../nbs/09b_quantization.layers.ipynb #a2535b54
 import torch,torch.nn.functional as F
@@ -165,7 +166,7 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
 
 def _additive(mask, like): return mask.to(like) if mask.is_floating_point() else torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
 
-# %% ../../nbs/09b_quantization.layers.ipynb #dfba7721
+# %% ../../nbs/09b_quantization.layers.ipynb #14a5ba5c
 quantized_types = {nn.Linear:QuantLinear, nn.modules.linear.NonDynamicallyQuantizableLinear:QuantLinear, nn.Conv1d:QuantConv1d, nn.Conv2d:QuantConv2d, nn.Conv3d:QuantConv3d,
                    nn.ConvTranspose1d:QuantConvTranspose1d, nn.ConvTranspose2d:QuantConvTranspose2d, nn.ConvTranspose3d:QuantConvTranspose3d,
                    nn.Embedding:QuantEmbedding, nn.MultiheadAttention:QuantMultiheadAttention}
@@ -199,3 +200,9 @@ def quantize_layer_(module:nn.Module, # Layer to change; of a class in `quantize
         if n: module.register_buffer(f'{kind}_range', torch.zeros(n, 3, device=device))
     if max(inputs, outputs)>1 and not isinstance(module, nn.MultiheadAttention): module.calls = {}
     if outputs: module.register_forward_hook(quantize_output)
+    module.register_load_state_dict_pre_hook(keep_ranges)
+
+def keep_ranges(module, state_dict, prefix, *_):
+    "Hook of loading: weights that were saved before the model was quantized leave its ranges as they are"
+    if f'{prefix}quantization' in state_dict: return
+    state_dict.update({f'{prefix}{k}':b for k,b in module._buffers.items() if k in ('quantization','input_range','output_range')})
