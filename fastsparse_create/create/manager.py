@@ -40,19 +40,21 @@ def _loop_learner(model, optimizer, steps_per_epoch, epochs, cbs):
     if masked_params(model): MaskEnforcer.ensure(learn)
     return learn
 
-# %% ../../nbs/25_create.manager.ipynb #d6166e6d
+# %% ../../nbs/25_create.manager.ipynb #83924c9a
 _managers = weakref.WeakKeyDictionary()
 
 def _manager_of(model):
     ref = _managers.get(model)
     return ref and ref()
 
-def begin_batch(module, *_):
+def begin_batch(module, args=(), kwargs=None):
     "Forward pre-hook: the first forward pass in training mode after a step opens the next batch"
     if not module.training or not torch.is_grad_enabled() or torch._C._current_graph_task_id()!=-1: return
     if torch.jit.is_tracing() or torch.compiler.is_compiling(): return
     manager = _manager_of(module)
-    if manager is not None: manager._begin()
+    if manager is None: return
+    manager.learn.xb = inspect.signature(module.forward).bind(*args, **kwargs).arguments if kwargs else args
+    manager._begin()
 
 # %% ../../nbs/25_create.manager.ipynb #9f161fe3
 def _needs_dense_grad(cb):
@@ -103,7 +105,7 @@ def _state_of(cb):
         with suppress(TypeError): state[k] = _as_data(vars(cb)[k])
     return state
 
-# %% ../../nbs/25_create.manager.ipynb #697c11ca
+# %% ../../nbs/25_create.manager.ipynb #00544fa1
 class LoopManager:
     "Drives callbacks from a plain PyTorch loop: its forward passes and its `optimizer.step()` raise the events of `fit`"
     def __init__(self,
@@ -142,7 +144,7 @@ class LoopManager:
         def managed_step(optimizer, *args, **kwargs): return self._step(step, *args, **kwargs)
         self.optimizer.step,self._original = MethodType(managed_step, self.optimizer),step
         _managers[self.model] = _managers[self.optimizer] = weakref.ref(self)
-        self._handle = self.model.register_forward_pre_hook(begin_batch, prepend=True)
+        self._handle = self.model.register_forward_pre_hook(begin_batch, prepend=True, with_kwargs=True)
 
     def _give_back(self):
         self._handle.remove()
@@ -210,7 +212,7 @@ class LoopManager:
         self.learn.train_iter = self.steps
         self.learn.pct_train += 1./(self.steps_per_epoch*self.max_epochs)
         self._raise('after_batch')
-        self._in_batch = False
+        self._in_batch,self.learn.xb = False,()
         if self.steps%self.steps_per_epoch==0: self._close_epoch()
         if self._is_eager: self._begin()
 
