@@ -4,7 +4,6 @@ from hypothesis import example,given,settings,strategies as st
 from utils import *
 from fastsparse_create.sparse.linear import *
 from fastsparse_create.callback.dynamic import *
-from fastsparse_create.callback.dynamic import _exchanged
 from fastsparse_create.callback.dynamic_pruning import *
 from fastsparse_create.callback.pruning import *
 from fastsparse_create.create.manager import *
@@ -321,6 +320,17 @@ def test_invariants_after_every_step(method, opt, around, distribution):
     learn = tiny_learner(mlp(), opt_func=optimizers[opt], n_trn=8, lr=.01)
     watch = watched(learn, make(.6, every=3, sparse_init_f=distribution), *surroundings[around](), **promise)
     assert watch.n_updates>=(1 if around=='all' else 2) and watch.steps>=8
+
+def drift(p, lr, drift_avg=None, **_):
+    "A step that moves all weights, masked or not, and remembers it"
+    p.data.add_(lr)
+    return {'drift_avg':torch.ones_like(p) if drift_avg is None else drift_avg.add_(1)}
+
+@pytest.mark.parametrize('method', [SET,RigL,partial(SNFS, num_grads=2)], ids=['set','rigl','snfs'])
+@pytest.mark.parametrize('fraction', [.02,.3,1.])
+def test_what_grows_is_0_whatever_the_optimizer_does(method, fraction):
+    learn = tiny_learner(mlp(30,60,4), shape=(30,), d_out=4, n_trn=8, opt_func=partial(Optimizer, cbs=[drift]), lr=.01)
+    assert watched(learn, method(.6, every=2, fraction=fraction, schedule='constant'), total_only=True).n_updates>2
 
 class Zoo(nn.Module):
     "Layers of many kinds, each with an input of its own"
@@ -663,8 +673,9 @@ def test_nan_is_named_and_changes_nothing(method, size):
 
 @pytest.mark.parametrize('dtype', [torch.float32,torch.float64,torch.bfloat16,torch.float16])
 @pytest.mark.parametrize('layout', ['plain','channels_last','tied','tied_apart'])
-@pytest.mark.parametrize('n_changes', [0,1,5,400])
-def test_rewire_of_few_and_of_many(dtype, layout, n_changes):
+@pytest.mark.parametrize('n_changes', [0,1,5,60,400])
+@pytest.mark.parametrize('by_positions', [False,True])
+def test_rewire_of_few_and_of_many(dtype, layout, n_changes, by_positions):
     "New: all 0; kept: the same bits, -0 included; and what is cached of the mask follows"
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(16,16,3), nn.Conv2d(16,16,3)).to(dtype)
@@ -683,7 +694,8 @@ def test_rewire_of_few_and_of_many(dtype, layout, n_changes):
     for old in (True,False):
         where = (was==old).nonzero()[torch.randperm(int((was==old).sum()))[:n_changes]]
         new[tuple(where.T)] = not old
-    p.rewire(new, OptimWrapper(opt=opt))
+    if by_positions: p.exchange((was&~new).flatten().nonzero().flatten(), (new&~was).flatten().nonzero().flatten(), OptimWrapper(opt=opt))
+    else: p.rewire(new, OptimWrapper(opt=opt))
     assert p.mask.equal(new) and len(slots)==2 and p.param.stride()==held.stride()
     for now,then in zip([p.param.detach(), *memory(OptimWrapper(opt=opt), p.param)], [held,*slots]):
         assert now.equal(then*(was&new)) and now[was&new].signbit().equal(then[was&new].signbit())

@@ -23,7 +23,7 @@ from ..sparse.linear import *
 from ..selection import *
 from ..sparsify import *
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #d141b20f
+# %% ../../nbs/15a_callback.dynamic.ipynb #ce5b3c5d
 def drop_and_grow(mask:Tensor, # Boolean, True where there is a connection
                   keep_scores:Tensor, # Of the mask's shape; the highest of what is connected stay
                   grow_scores:Tensor, # Of the mask's shape; the highest of all the others are grown
@@ -32,7 +32,9 @@ def drop_and_grow(mask:Tensor, # Boolean, True where there is a connection
                   mask_type=Unstructured(), # Pattern that the mask has
                  )->Tensor: # Boolean mask with `n_total` connections; among equal scores the lowest index is chosen
     "Keep the `n_keep` best connections and grow others, those just dropped included; raises `ValueError` for NaN"
-    if type(mask_type) is Unstructured and not mask.is_cuda: return _exchanged(mask, *(partial(pick, _as_array(s)) for s in (keep_scores, grow_scores)), n_keep, n_total)
+    if type(mask_type) is Unstructured and not mask.is_cuda:
+        dropped,grown = _choose(mask, *(partial(pick, _as_array(s)) for s in (keep_scores, grow_scores)), n_keep, n_total)
+        return mask.flatten().index_fill(0, dropped, False).index_fill_(0, grown, True).view(mask.shape)
     if isinstance(mask_type, (Block,Slice)): return mask_type.spread(_exchanged_groups(mask, *map(mask_type.pool, (mask.float(),keep_scores,grow_scores)), n_keep, n_total), mask.shape)
     kept = _best_of(mask, keep_scores, n_keep)
     if type(mask_type) is Unstructured: return kept | _best_of(~kept, grow_scores, n_total-int(kept.count_nonzero()))
@@ -40,13 +42,15 @@ def drop_and_grow(mask:Tensor, # Boolean, True where there is a connection
 
 def _as_array(x): return (x if x.dtype in (torch.float32,torch.float64) else x.float()).detach().flatten().cpu().numpy()
 
-def _exchanged(mask, drop, grow, n_keep, n_total):
-    "`drop` and `grow` choose from what is eligible, in arrays"
+def _choose(mask, drop, grow, n_keep, n_total):
+    "Positions of connections that go, and of those that come; `drop` and `grow` choose them from what is eligible, in arrays"
     was = mask.flatten().numpy()
-    new = was.copy()
-    new[drop(was, np.count_nonzero(was)-n_keep, lowest=True)] = False
-    new[grow(~new, n_total-np.count_nonzero(new))] = True
-    return torch.from_numpy(new).view(mask.shape)
+    n = np.count_nonzero(was)
+    dropped,free = drop(was, n-n_keep, lowest=True),~was
+    free[dropped] = True
+    grown = grow(free, n_total-n+len(dropped))
+    free[grown] = False  # of those dropped, too: what comes back has never gone
+    return torch.from_numpy(dropped[free[dropped]]),torch.from_numpy(grown[~was[grown]])
 
 def _exchanged_groups(mask, active, keep_scores, grow_scores, n_keep, n_total):
     "Blocks are kept and grown as a whole. Their number is what counts, as incomplete ones hold fewer weights"
@@ -72,7 +76,7 @@ class MaskUpdate:
     churn:float # Share of the connections that are new
     ever_active:float # Share of all weights that have been connected at some time ([ITOP](https://arxiv.org/abs/2102.02887)'s R_s)
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #e096faed
+# %% ../../nbs/15a_callback.dynamic.ipynb #667c46d0
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
@@ -257,29 +261,31 @@ class DropAndGrow(PruningModifier, abstract=True):
         self._next = self._next_update(self._clock(self.now)+1)
         live = [p for p in self._params if p.param.requires_grad and p.param.grad is not None]
         contexts = [dict(mask=p.mask, grad=self._gathered.get(p.name), generator=seeded(self.seed, round(self.now*self.n_iter), p.name)) for p in live]
-        masks = [self.new_mask(p, c, *n) for p,c,n in zip(live, contexts, self.counts(live, contexts, share))]
+        changes = [self.change(p, c, *n) for p,c,n in zip(live, contexts, self.counts(live, contexts, share))]
         self._gathered = {}
-        if not self._ever: self._ever = {p.name:p.mask.clone() for p in self._params}
-        n_new = sum(n_kept(m>c['mask']) for m,c in zip(masks, contexts))
-        for p,mask in zip(live, masks): p.rewire(mask, self.opt)
-        self.learn.mask_enforcer.refresh()
-        if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates.append(self._note(batch, share, n_new, {p.name:m for p,m in zip(live, masks)}))
+        if not self._ever: self._ever = {p.name:p.mask.flatten().clone() for p in self._params}
+        enforcer = self.learn.mask_enforcer
+        if not enforcer._trusted: enforcer._mask_all()  # what grows must be 0, and an unknown optimizer has just moved it
+        for p,change in zip(live, changes): p.exchange(*change, self.opt)
+        enforcer.refresh()
+        if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates.append(self._note(batch, share, {p.name:grown for p,(_,grown) in zip(live, changes)}))
 
-    def new_mask(self, p, context, n_keep, n_total):
+    def change(self, p, context, n_keep, n_total):
+        "Positions of connections that go, and of those that come"
         try: return self.ranked(p, context['mask'], context, n_keep, n_total)
         except ValueError as e: raise ValueError(f"{p.name}: connections can't be ranked, {e}") from None
 
     def ranked(self, p, mask, context, n_keep, n_total):
         if type(self.calculator) is not Unstructured or mask.is_cuda:
             turned = [outputs_first(p, t) for t in (mask, _checked(p, self.keep_f, context), _checked(p, self.grow_f, context))]
-            return outputs_first(p, drop_and_grow(*turned, n_keep, n_total, self.calculator))
+            return mask_changes(mask, outputs_first(p, drop_and_grow(*turned, n_keep, n_total, self.calculator)))
         drop = _stored_picker(p) if isinstance(p, SparseParam) and self.keep_f is magnitude else partial(pick, _scores(p, self.keep_f, context))
         grow = partial(_draw, context['generator']) if self.grow_f is random_scores else partial(pick, _scores(p, self.grow_f, context))
-        return _exchanged(mask, drop, grow, n_keep, n_total)
+        return _choose(mask, drop, grow, n_keep, n_total)
 
     def counts(self, live, contexts, share):
         "How many connections of each layer stay, and how many it has afterwards"
-        had = [n_kept(c['mask']) for c in contexts]
+        had = [p.n_kept for p in live]
         keep = [n-int(share*n) for n in had]
         if self.redistribute_f is None: return zip(keep, had)
         needs = [_mean(_scores(p, self.redistribute_f, c), c['mask'].flatten()) for p,c in zip(live, contexts)]
@@ -287,13 +293,11 @@ class DropAndGrow(PruningModifier, abstract=True):
             if not 0<=need<math.inf: raise ValueError(f"{p.name}: its connections score {need:g} in the mean, so that they can't be redistributed: scores must be finite and not negative")
         return zip(keep, [k+n for k,n in zip(keep, water_fill(sum(had)-sum(keep), needs, [c['mask'].numel()-k for c,k in zip(contexts, keep)]))])
 
-    def _note(self, batch, share, n_new, masks):
+    def _note(self, batch, share, grown):
         "What an update has done"
-        n_active,n_ever,numels = {},0,{}
-        for p in self._params:
-            mask,ever = masks[p.name] if p.name in masks else p.mask,self._ever[p.name]
-            ever |= mask
-            n_active[p.name],n_ever,numels[p.name] = n_kept(mask),n_ever+n_kept(ever),mask.numel()
+        for n,positions in grown.items(): self._ever[n][positions] = True
+        n_active,numels = {p.name:p.n_kept for p in self._params},{n:e.numel() for n,e in self._ever.items()}
+        n_new,n_ever = sum(map(len, grown.values())),sum(map(n_kept, self._ever.values()))
         return MaskUpdate(batch, self.now, share, {n:1-k/numels[n] for n,k in n_active.items()}, n_new/max(1, sum(n_active.values())), n_ever/sum(numels.values()))
 
 def _checked(p, criterion, context):
@@ -331,12 +335,13 @@ def _draw(generator, eligible, n):
     if len(eligible)<10*n or np.count_nonzero(eligible)<len(eligible)/2:
         candidates = np.flatnonzero(eligible)
         return candidates[torch.randperm(len(candidates), generator=generator)[:n].numpy()]
-    free,left = eligible.copy(),n
-    n_free = np.count_nonzero(free)
-    while left:
-        free[torch.randint(len(free), (left,), generator=generator).numpy()] = False
-        left = n-(n_free-np.count_nonzero(free))
-    return np.flatnonzero(eligible>free)
+    free,found = eligible.copy(),[]
+    while n:
+        drawn = np.sort(torch.randint(len(free), (n,), generator=generator).numpy())
+        found.append(drawn[free[drawn] & np.diff(drawn, prepend=-1).astype(bool)])
+        free[found[-1]] = False
+        n -= len(found[-1])
+    return np.concatenate(found) if found else np.empty(0, int)
 
 # %% ../../nbs/15a_callback.dynamic.ipynb #d92a7ff3
 class DynamicSparseTrainingCallback(DropAndGrow, abstract=True):

@@ -153,7 +153,7 @@ class GraNetPruningModifier(_DynamicModifier):
         totals = [int(m.sum()) for m in self.pruned(self.now+1/self.n_iter, live)]
         return [(n-int(share*n),n) for n in totals]
 
-# %% ../../nbs/15b_callback.dynamic_pruning.ipynb #c7975699
+# %% ../../nbs/15b_callback.dynamic_pruning.ipynb #8a122b95
 class SRigLPruningModifier(_DynamicModifier):
     "RigL with a constant fan-in, that gives up units with few salient connections; for runtimes that want as many inputs for each output ([paper](https://arxiv.org/abs/2305.02299))"
     def __init__(self,
@@ -185,7 +185,7 @@ class SRigLPruningModifier(_DynamicModifier):
     def ranked(self, p, mask, context, n_keep, n_total):
         if p is self._params[-1]: return super().ranked(p, mask, context, n_keep, n_total)
         mask,keep,grow = (outputs_first(p, t) for t in (mask, self.keep_f(p.weight, **context), self.grow_f(p.weight, **context)))
-        return outputs_first(p, grow_salient(mask, keep, grow, n_keep, n_total, self.min_salient))
+        return mask_changes(context['mask'], outputs_first(p, grow_salient(mask, keep, grow, n_keep, n_total, self.min_salient)))
 
 def grow_salient(mask:Tensor, # Boolean, True where there is a connection; dimension 0 is the output, each has as many or none
                  keep_scores:Tensor, # Of the mask's shape; the highest of what is connected stay
