@@ -124,7 +124,7 @@ def finished_copy(model:nn.Module)->nn.Module: # On the CPU, for inference
     for m in model.modules(): m._modules.update({n:nn.Identity() for n,c in m._modules.items() if isinstance(c, ToTensorBase)})
     return make_permanent(model).eval().requires_grad_(False)
 
-# %% ../../nbs/60b_export.onnx.ipynb #0c9e2c75
+# %% ../../nbs/60b_export.onnx.ipynb #d7c7ab81
 _oldest = 13  # the first in which weights can be quantized by channel
 
 def _constant(graph, name):
@@ -156,9 +156,10 @@ def _hard_swish(node, graph):
     gate = f'{node.output[0]}/gate'
     return [helper.make_node('HardSigmoid', node.input, [gate], name=f'node_{gate}', alpha=1/6, beta=.5), helper.make_node('Mul', [node.input[0],gate], node.output, name=node.name)]
 
-def _drop(*names):
+def _drop(name, is_default=lambda v: v==0):
+    "Without an attribute that is new, if it says what was always so"
     def f(node, graph):
-        kept = [a for a in node.attribute if a.name not in names]
+        kept = [a for a in node.attribute if a.name!=name or not is_default(a.i)]
         del node.attribute[:]
         node.attribute.extend(kept)
         return [node]
@@ -180,7 +181,8 @@ def _layer_norm(node, graph):
             op('Div', [f'{o}/centered',f'{o}/std'], f'{o}/normed'), op('Mul', [f'{o}/normed',node.input[1]], f'{o}/scaled' if last else o),
             *([op('Add', [f'{o}/scaled',node.input[2]], o)] if last else [])]
 
-_older = {'Split':(18,_drop('num_outputs')), 'LayerNormalization':(17,_layer_norm), 'Shape':(15,_shape_part), 'HardSwish':(14,_hard_swish), 'Reshape':(14,_drop('allowzero')),
+_older = {'Split':(18,_drop('num_outputs', lambda v: True)), 'LayerNormalization':(17,_layer_norm), 'Shape':(15,_shape_part), 'HardSwish':(14,_hard_swish), 'Reshape':(14,_drop('allowzero')),
+          **{o:(14,_drop('layout')) for o in ('LSTM','GRU','RNN')},
           **{f'Reduce{o}':(18,_set_axes) for o in ('Mean','Max','Min','Prod','L1','L2','LogSum','LogSumExp','SumSquare')}}
 
 def _to_opset(proto, opset):
@@ -290,7 +292,7 @@ def _differences(expected, got):
     same,ahead = choices
     return {'max_abs':max_abs, 'rel_rms':rel_rms, 'agreement':same.double().mean().item(), 'margin':ahead[~same].max().item() if (~same).any() else 0.}
 
-# %% ../../nbs/60b_export.onnx.ipynb #33d701ff
+# %% ../../nbs/60b_export.onnx.ipynb #bdda6d4c
 @contextmanager
 def _quietly():
     "Nothing of what the exporter says can be helped by its user"
@@ -380,8 +382,11 @@ def _written(finished, inputs, interface, int8, opset):
 
 def _checked(path, finished, samples, interface):
     "The fields of an `OnnxExport` that say how it was checked"
-    runner,batches = OnnxModel(path),_chunks(samples)
-    got = [list(named_outputs(runner(**interface.in_file(b))).values()) for b in batches]
+    batches = _chunks(samples)
+    try:
+        runner = OnnxModel(path)
+        got = [list(named_outputs(runner(**interface.in_file(b))).values()) for b in batches]
+    except Exception as e: raise RuntimeError(f"export_onnx: nothing was written, as {_runtime()} can't run it: {_reason(e)}") from e  # its exceptions have no class in common
     expected = [list(named_outputs(interface.call(finished, list(interface.in_model(b).values()))).values()) for b in batches]
     n = len(first(samples.values()))
     return {'inputs':_describe(runner.session), 'n_samples':n, 'batch_sizes':tuple(len(first(b.values())) for b in batches), 'runtime':_runtime(), **_differences(expected, got)}
