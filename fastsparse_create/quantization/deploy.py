@@ -7,8 +7,9 @@ __all__ = ['round_activation', 'dequantize', 'Int8Linear', 'Int8Conv1d', 'Int8Co
            'Int8ConvTranspose2d', 'Int8ConvTranspose3d', 'Int8Embedding', 'Int8MultiheadAttention', 'Folded',
            'ChannelAffine', 'deploy_copy', 'onnx_translations']
 
-# %% ../../nbs/09e_quantization.deploy.ipynb #6d63495d
+# %% ../../nbs/09e_quantization.deploy.ipynb #033f6fe2
 import torch,torch.nn.functional as F
+from collections import Counter
 from copy import deepcopy
 from torch import nn,Tensor
 from ..masking import *
@@ -35,7 +36,7 @@ def dequantize(codes:Tensor, scales:Tensor, axis:int)->Tensor:
 @dequantize.register_fake
 def _(codes, scales, axis): return torch.empty_like(codes, dtype=scales.dtype)
 
-# %% ../../nbs/09e_quantization.deploy.ipynb #b9ae79ee
+# %% ../../nbs/09e_quantization.deploy.ipynb #cb87bdc2
 class _Int8:
     "A layer with codes for weights, and constants for ranges"
     def _input(self, x, row=None): return _round(self, 'input', x, row)
@@ -81,8 +82,10 @@ class Int8MultiheadAttention(_Int8, QuantMultiheadAttention):
         return y if self.in_proj_bias is None else y+self.in_proj_bias.chunk(3)[i]
 
 class Folded(nn.Module):
-    "A batch norm that is part of the layer before it"
-    def forward(self, x): return x
+    "A batch norm that is part of the layer before it; what is left are its children, an activation perhaps"
+    def forward(self, x):
+        for m in self.children(): x = m(x)
+        return x
 
 class ChannelAffine(nn.Module):
     "A batch norm that could not be folded: a factor and a summand for each channel"
@@ -93,7 +96,7 @@ class ChannelAffine(nn.Module):
 _int8_types = {QuantLinear:Int8Linear, QuantConv1d:Int8Conv1d, QuantConv2d:Int8Conv2d, QuantConv3d:Int8Conv3d, QuantConvTranspose1d:Int8ConvTranspose1d, QuantConvTranspose2d:Int8ConvTranspose2d,
                QuantConvTranspose3d:Int8ConvTranspose3d, QuantEmbedding:Int8Embedding, QuantMultiheadAttention:Int8MultiheadAttention}
 
-# %% ../../nbs/09e_quantization.deploy.ipynb #b80e46c6
+# %% ../../nbs/09e_quantization.deploy.ipynb #a58d9392
 def deploy_copy(model, # Quantized model or `Learner`; is not changed
                 example, # A tensor, a tuple of arguments or a dict of keyword arguments
                )->nn.Module: # In evaluation mode, without masks and batch norms
@@ -104,11 +107,11 @@ def deploy_copy(model, # Quantized model or `Learner`; is not changed
     if floats: raise ValueError(f"deploy_copy: the weights of {floats[0]!r} are not quantized")
     model = make_permanent(deepcopy(model)).eval()
     steps = follow(model, example)
-    n_calls = {s.module:s.call+1 for s in steps}
+    uses = Counter(m for s in steps for m in {s.module,norm_of(s)} if m is not None)
     modules = quantized_modules(model).values()
     for m in modules: m.constants = {k:_constants(m, k) for k in ('input','output') if f'{k}_range' in m._buffers}
     outputs = [m for m in modules if 'output' in m.constants]
-    for s in [s for s in steps if isinstance(s.module, QuantizedLayer) and s.call==0]: _deploy(s, n_calls, outputs)
+    for s in [s for s in steps if isinstance(s.module, QuantizedLayer) and s.call==0]: _deploy(s, uses, outputs)
     for m in [m for m in modules if type(m) in _int8_types]: _deploy_weights(m)  # those that the example doesn't call
     for m in model.modules():
         if type(m) in norms: _make_affine(m)
@@ -120,17 +123,22 @@ def _constants(module, kind):
     args = getattr(module.scheme, f'{kind}_activations')
     return [(s.item(),int(z)) for s,z in (activation_qparams(row, args) for row in module._buffers[f'{kind}_range'])]
 
-def _deploy(step, n_calls, outputs):
+def _deploy(step, uses, outputs):
     "Fold what follows a layer, then make it integer"
-    layer,follower = step.module,step.sole_user
+    layer = step.module
     if isinstance(layer, nn.MultiheadAttention): return _deploy_attention(layer)
-    folds = follower and type(follower.module) in norms and n_calls[layer]==n_calls[follower.module]==1 and not (layer.channel_axis==1 and layer.groups>1) and 'output' not in layer.constants
-    norm = follower.module if folds and isinstance(layer, (nn.Linear,nn.modules.conv._ConvNd)) and _sees_channels(layer, follower) else None
     source = rounded_by(step.sources[0] if step.sources else None, outputs)
     constants = layer.constants.get('input') or (source and [source.module.constants['output'][source.call]])
-    _deploy_weights(layer, norm, constants[0][0] if constants and n_calls[layer]==1 else None)
+    _deploy_weights(layer, _foldable(step, uses), constants[0][0] if constants and uses[layer]==1 else None)
 
-def _sees_channels(layer, follower): return not isinstance(layer, nn.Linear) or type(follower.module) is nn.BatchNorm1d
+def _foldable(step, uses):
+    "The batch norm that sees the channels of this layer and nothing else; None if there is none"
+    layer,follower = step.module,step.sole_user
+    while follower and isinstance(follower.module, nn.Identity) and 'output' not in getattr(follower.module, 'constants', ()): follower = follower.sole_user
+    norm = follower and norm_of(follower)
+    if norm is None or norm.running_var is None or 'output' in layer.constants or uses[layer]>1 or uses[norm]>1: return None
+    if isinstance(layer, nn.Linear): return norm if step.ndim==2 else None
+    return norm if isinstance(layer, nn.modules.conv._ConvNd) and not (layer.transposed and layer.groups>1) else None
 
 @torch.no_grad()
 def _deploy_weights(layer, norm=None, input_scale=None):

@@ -166,7 +166,7 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
 
 def _additive(mask, like): return mask.to(like) if mask.is_floating_point() else torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
 
-# %% ../../nbs/09b_quantization.layers.ipynb #14a5ba5c
+# %% ../../nbs/09b_quantization.layers.ipynb #12f0e265
 quantized_types = {nn.Linear:QuantLinear, nn.modules.linear.NonDynamicallyQuantizableLinear:QuantLinear, nn.Conv1d:QuantConv1d, nn.Conv2d:QuantConv2d, nn.Conv3d:QuantConv3d,
                    nn.ConvTranspose1d:QuantConvTranspose1d, nn.ConvTranspose2d:QuantConvTranspose2d, nn.ConvTranspose3d:QuantConvTranspose3d,
                    nn.Embedding:QuantEmbedding, nn.MultiheadAttention:QuantMultiheadAttention}
@@ -176,6 +176,7 @@ def why_not_quantized(module:nn.Module)->str:
     if isinstance(module, QuantizedLayer): return "it is quantized already"
     if nn.utils.parametrize.is_parametrized(module): return "it is parametrized"
     if type(module) not in quantized_types: return f"{type(module).__name__} is not supported"
+    if not isinstance(module, nn.MultiheadAttention) and 'weight' not in module._parameters: return "its weight is computed anew in each step, as by weight or spectral norm"
     if getattr(module, 'max_norm', None): return "an embedding with max_norm is not supported"
     if isinstance(module, nn.MultiheadAttention):
         if module.bias_k is not None or module.add_zero_attn: return "attention with add_bias_kv or add_zero_attn is not supported"
