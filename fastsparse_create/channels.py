@@ -19,7 +19,7 @@ from .report import watch_uses
 from .selection import *
 from .sparse.linear import _resize_
 
-# %% ../nbs/09g_channels.ipynb #8f410fbf
+# %% ../nbs/09g_channels.ipynb #039d3ec7
 _across = nn.LayerNorm,nn.GroupNorm
 
 def _reads(site, dim):
@@ -42,6 +42,11 @@ class LayerGroup:
 
     @property
     def places(self): return self.made+self.read+self.kept
+
+    @property
+    def names(self)->set:
+        "Names of the parameters that make or read the channels"
+        return {p.name for p in self.made+self.read}
 
     def __repr__(self):
         shown = f"{self.size} channels of {', '.join(self.layers)}, read by {', '.join(self.readers) or 'no layer'}"

@@ -69,20 +69,20 @@ def _report(graph, drops, notes):
     shares = f"{flops_left/max(1, flops):.1%} of the FLOPs ({human(flops)} → {human(flops_left)}), {params_left/max(1, params):.1%} of the parameters ({human(params)} → {human(params_left)})"
     return LayerReport(done, f"{sum(len(d) for d in drops.values()):,} channels removed; left: {shares}")
 
-# %% ../nbs/09h_thinning.ipynb #2c18346a
+# %% ../nbs/09h_thinning.ipynb #60c7c245
 def _unwrapped(owner, model, opt):
     "The module and the optimizer of a model or `Learner`"
     if hasattr(model, 'add_cb'): model,opt = model.model,model.opt if opt is None else opt
     if isinstance(model, nn.parallel.DistributedDataParallel): raise ValueError(f"{owner}: DistributedDataParallel keeps buffers of the old sizes: thin the model before it is wrapped")
     return unwrap_model(model),opt
 
-def _check_followers(owner, model, names, opt, ema):
+def _check_followers(owner, model, names, opt, averages):
     "Raise `ValueError` if something couldn't follow the removal"
-    params,averages = dict(model.named_parameters()),{} if ema is None else dict(ema.named_parameters())
+    params = dict(model.named_parameters())
     if any(b.numel() for n,b in model.named_buffers() if n=='channel_order'): raise ValueError(f"{owner}: the model's channels are permuted, call restore_channel_order first")
     for n in names & params.keys():
-        if ema is not None and (n not in averages or averages[n].shape!=params[n].shape):
-            raise ValueError(f"ema: must be an average of the model, but its parameter {n!r} is missing or has another shape")
+        for average in map(dict, (a.named_parameters() for a in averages)):
+            if n not in average or average[n].shape!=params[n].shape: raise ValueError(f"ema: must be an average of the model, but its parameter {n!r} is missing or has another shape")
         inner = opt
         while inner is not None:
             for k,v in dict(getattr(inner, 'state', {}).get(params[n], {})).items():
@@ -90,16 +90,16 @@ def _check_followers(owner, model, names, opt, ema):
                     raise ValueError(f"optimizer: what it keeps as {k!r} of {n!r} doesn't have the shape of the parameter, and can't be thinned with it; thin before its first step")
             inner = vars(inner).get('opt')
 
-def _average(ema): return None if ema is None else unwrap_model(getattr(ema, 'module', ema))
+def _averages(ema): return [] if ema is None else [unwrap_model(getattr(ema, 'module', ema))]
 
-def _remove(owner, model, drops, opt, ema):
+def _remove(owner, model, drops, opt, averages):
     "Remove channels from a model and from what goes with it, or raise `ValueError` before anything changes"
     keep = what_stays(drops, model)
-    _check_followers(owner, model, keep.keys(), opt, ema)
+    _check_followers(owner, model, keep.keys(), opt, averages)
     shrink_(model, keep, opt)
-    if ema is not None: shrink_(ema, keep)
+    for average in averages: shrink_(average, keep)
 
-# %% ../nbs/09h_thinning.ipynb #4fc901b7
+# %% ../nbs/09h_thinning.ipynb #aa113f8a
 def thin_(model, # Model to change, or `Learner`
           example, # An example of its input: a tensor, or a tuple of arguments; two items are enough
           opt=None, # fastai or PyTorch optimizer that goes on with the model; default: that of a `Learner`
@@ -114,14 +114,14 @@ def thin_(model, # Model to change, or `Learner`
     model,opt = _unwrapped('thin_', model, opt)
     apply_masks(model)
     graph = ChannelGraph(model, example, ignore)
-    return thin_graph_('thin_', model, graph, graph.removable, opt, ema, round_to, constants)
+    return thin_graph_('thin_', model, graph, graph.removable, opt, _averages(ema), round_to, constants)
 
 def thin_graph_(owner:str, # Who asks, for messages
                 model:nn.Module, # Model to change
                 graph:ChannelGraph, # Its groups
                 groups:list, # Those that may lose channels
                 opt=None, # Optimizer that goes on with the model
-                ema=None, # Running average
+                averages:list=(), # Running averages of the model that are thinned along
                 round_to:int=1, # Leave multiples of so many channels
                 constants:str='keep', # `keep` or `drop`
                )->LayerReport: # A `ThinnedLayer` for each layer
@@ -138,7 +138,7 @@ def thin_graph_(owner:str, # Who asks, for messages
     for g,reason in wrong.items(): notes[g],_ = reason,drops.pop(g)
     if wrong: _check_together(owner, graph, drops, holds)
     report = _report(graph, drops, notes)
-    _remove(owner, model, drops, opt, _average(ema))
+    _remove(owner, model, drops, opt, averages)
     return report
 
 def _check_together(owner, graph, drops, holds=None):
@@ -216,7 +216,7 @@ class ChannelRanking:
             low,high = (low,mid) if f(self.lost(mid))<=budget else (mid+1,high)
         return low
 
-# %% ../nbs/09h_thinning.ipynb #31bac22d
+# %% ../nbs/09h_thinning.ipynb #729b6547
 def prune_channels_(model, # Model to change, or `Learner`
                     example, # An example of its input: a tensor, or a tuple of arguments; two items are enough
                     amount:float=None, # Share of the channels that go, in (0,1)
@@ -241,7 +241,7 @@ def prune_channels_(model, # Model to change, or `Learner`
     drops = ranking.drops(n)
     _check_together('prune_channels_', graph, drops)
     report = _report(graph, drops, {})
-    _remove('prune_channels_', model, drops, opt, _average(ema))
+    _remove('prune_channels_', model, drops, opt, _averages(ema))
     return report
 
 def _within_flops(owner, graph, ranking, flops):
