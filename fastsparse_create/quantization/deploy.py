@@ -201,7 +201,7 @@ def _deploy_attention(layer):
         layer.register_buffer(f'scales{i}', scales)
     for n in ('in_proj_weight','q_proj_weight','k_proj_weight','v_proj_weight'): layer._parameters.pop(n, None)
 
-# %% ../../nbs/09e_quantization.deploy.ipynb #4c066a0d
+# %% ../../nbs/09e_quantization.deploy.ipynb #c40f4b00
 def onnx_translations()->dict: # For `torch.onnx.export(..., custom_translation_table=)`
     "What the two operators are in ONNX; needs the extra `onnx`"
     import onnxscript.ir as ir
@@ -210,6 +210,8 @@ def onnx_translations()->dict: # For `torch.onnx.export(..., custom_translation_
     def onnx_round(x, scale, zero_point, low, high):
         qparams = constant(scale, ir.DataType.FLOAT),constant(zero_point, ir.DataType.INT8 if low<0 else ir.DataType.UINT8)
         return op.DequantizeLinear(op.QuantizeLinear(x, *qparams), *qparams)
-    def onnx_dequantize(codes, scales, axis): return op.DequantizeLinear(codes, scales, axis=axis)
+    def onnx_dequantize(codes, scales, axis):
+        if codes.dtype==ir.DataType.INT32: return op.DequantizeLinear(codes, scales, axis=axis)
+        return op.DequantizeLinear(codes, scales, constant([0]*scales.shape[0], ir.DataType.INT8), axis=axis)  # ONNX Runtime wants it for matrix products
     ops = torch.ops.fastsparse_create
     return {ops.round_activation.default:onnx_round, ops.dequantize.default:onnx_dequantize}
