@@ -21,7 +21,7 @@ from ..report import inference
 from ..selection import *
 from ..thinning import *
 
-# %% ../../nbs/14a_callback.structured.ipynb #450a6c90
+# %% ../../nbs/14a_callback.structured.ipynb #b76eba50
 class NeedsExample:
     "For modifiers: `prepare` is called with two items of the first batch of each fit, before anything is due"
     def before_fit(self):
@@ -41,6 +41,8 @@ class NeedsExample:
         if self._example is None: raise ValueError(f"{type(self).__name__}: saw no inputs of the model: call the model itself in training mode, not what torch.compile made of it")
         super().after_train()
 
+    def after_fit(self): self._example = None
+
     def _run_ticks(self, batch):
         if self._example is not None: super()._run_ticks(batch)
 
@@ -50,7 +52,7 @@ def _two_of(o):
     if isinstance(o, dict): return {k:_two_of(v) for k,v in o.items()}
     return type(o)(map(_two_of, o)) if type(o) in (tuple,list) else o
 
-# %% ../../nbs/14a_callback.structured.ipynb #e533d35b
+# %% ../../nbs/14a_callback.structured.ipynb #d8443ba9
 class StructuredPruningModifier(NeedsExample, GMPruningModifier):
     "Gradual pruning of whole channels, together with all that depends on them"
     def __init__(self,
@@ -87,19 +89,24 @@ class StructuredPruningModifier(NeedsExample, GMPruningModifier):
         sites = named_sites(self.model)
         if self.param_groups is None: return [n for n in self._found if n in sites]
         self._groups = _listed_groups(sites, self.param_groups, self.selected(), self.mask_type)
+        for g in self._groups: self._full.setdefault(tuple(g.layers), g.size)
         return [n for n in sites if any(n in g.names for g in self._groups)]
 
     def prepare(self, example):
         if self.param_groups is None and not (self._graph and self._graph.fits(self.model)): self._search(example)
-        for g in self._groups: self._full.setdefault(tuple(g.layers), g.size)
+
+    def _shapes(self):
+        "What sparsities refer to: the model as it is, but for a resumed fit the model as it was before it was thinned"
+        return self._graph.shapes if self.resumed_at is None else unthinned_shapes(self.model)
 
     def _search(self, example):
         "Find the groups, and give their parameters masks"
-        self._graph = ChannelGraph(self.model, example).probe()
+        self._graph = ChannelGraph(self.model, example).probe().forget_copy()
         chosen = set(self.selected())
         self._groups = [g for g in self._graph.removable if _is_chosen(g, chosen, self._graph, self.mask_type)]
-        if not self._groups: raise ValueError(f"StructuredPruningModifier: params: no channels can be pruned in {self.params}{_example_of_why(self._graph)}")
-        if self._dense is None: self._dense = self._graph.costs({})[0]
+        if not self._groups: raise ValueError(f"StructuredPruningModifier: params: no channels can be pruned in {self.params}{why_none(self._graph)}")
+        if self._dense is None: self._dense = self._graph.full_flops(self._shapes())
+        for g in self._groups: self._full.setdefault(tuple(g.layers), self._graph.full_size(g, self._shapes()))
         self._check_reach()
         self._found = self._names = [n for n in self._graph.shapes if any(n in g.names for g in self._groups)]
         self._params = attach_masks(self.model, self._names, enforce=not self._released)
@@ -124,7 +131,7 @@ class StructuredPruningModifier(NeedsExample, GMPruningModifier):
         if self.budget=='flops': return ranking.drops(ranking.within(lambda lost: self._graph.costs(lost)[0], (1-sparsity)*self._dense))
         res = {}
         for g,order in zip(ranking.groups, ranking.orders):
-            full = self._full.get(tuple(g.layers), g.size)
+            full = self._full[tuple(g.layers)]
             n = min(g.size-1, round(sparsity*full)-(full-g.size))
             if n>0: res[g] = order[:n].sort().values
         return res
@@ -133,7 +140,7 @@ class StructuredPruningModifier(NeedsExample, GMPruningModifier):
         scores = [group_scores(g, self.model) for g in self._groups]
         masks = {p.name:p.mask for p in self._params if isinstance(p, MaskedParam)}
         for g,s in zip(self._groups, scores): s[_masked_channels(g, masks)] = -1.
-        return ChannelRanking(self._groups, scores, sizes=[self._full.get(tuple(g.layers), g.size) for g in self._groups])
+        return ChannelRanking(self._groups, scores, sizes=[self._full[tuple(g.layers)] for g in self._groups])
 
 def _masked_channels(group, masks):
     "Which channels of a group are masked in all of their places?"
@@ -144,8 +151,6 @@ def _masked_channels(group, masks):
 def _is_chosen(group, chosen, graph, mask_type):
     names = [p.name for p in (group.made if mask_type=='filter' else group.read) if len(graph.shapes[p.name])>1]
     return bool(names) and chosen.issuperset(names)
-
-def _example_of_why(graph): return next((f", for example: {g!r}" for g in graph.groups if g.reason), '')
 
 # %% ../../nbs/14a_callback.structured.ipynb #4008dc7e
 def _check_param_groups(groups):
@@ -182,7 +187,7 @@ def _near(name, names):
     near = get_close_matches(name, list(names), 1, .4)
     return f"; did you mean {near[0]!r}?" if near else ''
 
-# %% ../../nbs/14a_callback.structured.ipynb #78e8b851
+# %% ../../nbs/14a_callback.structured.ipynb #4a4a7e24
 def _forget_best(learn):
     "What was best before the model changed its shape can't be loaded again"
     for cb in learn.cbs:
@@ -256,6 +261,11 @@ class LayerThinningModifier(NeedsExample, Modifier):
     def _thinned(self):
         _forget_best(self.learn)
         if hasattr(self.learn, 'mask_enforcer'): self.learn.mask_enforcer.refresh()
+        for cb in self.learn.cbs:
+            if isinstance(cb, ConstantPruningModifier) and cb._zeros is not None: cb._zeros = [p.param!=0 for p in cb._params]
+
+    def after_cancel_fit(self):
+        if self._plan and not self.reports: logger.warning(f"LayerThinningModifier: training was stopped before epoch {self._plan[0][1]:g}, nothing was removed: call thin_(learn, example)")
 
 # %% ../../nbs/14a_callback.structured.ipynb #f900f989
 class LayerPruningModifier(NeedsExample, Modifier):
