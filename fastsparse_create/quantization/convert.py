@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QuantizedRow', 'quantized_modules', 'is_quantized', 'observe', 'calibrate_', 'mean_over_ranks_', 'quantize_',
-           'quantized_from_file']
+           'quantized_from_file', 'quantize_like', 'dequantize_']
 
 # %% ../../nbs/09d_quantization.convert.ipynb #b813a8e3
 import re,torch
@@ -100,7 +100,12 @@ def mean_over_ranks_(model:nn.Module):
     torch.distributed.all_reduce(flat)
     for r,mean in zip(ranges, flat.div_(torch.distributed.get_world_size()).split([r.numel() for r in ranges])): r.copy_(mean.view_as(r))
 
-# %% ../../nbs/09d_quantization.convert.ipynb #7c7a04ca
+# %% ../../nbs/09d_quantization.convert.ipynb #1270266e
+def _finish(model):
+    "What a model needs when its layers are quantized"
+    with no_shortcuts(model, keep=True): pass
+    if any('calls' in m.__dict__ for m in model.modules()) and reset_calls not in model._forward_pre_hooks.values(): model.register_forward_pre_hook(reset_calls)
+
 def quantize_(model, # Model or `Learner` to change
               example=None, # What the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments; default for a `Learner`: a batch of its training set
               scheme='default', # Name of one of `schemes`, dict of the fields of a `QuantizationScheme`, or one
@@ -125,8 +130,7 @@ def quantize_(model, # Model or `Learner` to change
     if not plan: raise ValueError(f"quantize_: no layer can be quantized{': '+'; '.join(f'{n}: {w}' for n,w in islice(why.items(), 3)) if why else ''}")
     inputs,outputs = _placement(model, steps, plan, scheme)
     rows = [_apply_plan(n, m, plan.get(n, scheme), inputs.get(m, 0), outputs.get(m, 0), why.get(n)) for n,m in leaves(model).items() if n in why or m in outputs]
-    with no_shortcuts(model, keep=True): pass
-    if any('calls' in m.__dict__ for m in model.modules()) and reset_calls not in model._forward_pre_hooks.values(): model.register_forward_pre_hook(reset_calls)
+    _finish(model)
     if example is not None: calibrate_(model, [example])
     else: logger.warning("quantize_: without an example only inputs of layers are quantized, which integer runtimes execute slower")
     return LayerReport([r for r in rows if r.layer in why], f"{len(plan)} of {len(why)} layers quantized")
@@ -158,26 +162,33 @@ def _first_inputs(learn):
     batch = learn.dls.one_batch()
     return tuple(batch[:learn.dls.n_inp]) if isinstance(batch, (tuple,list)) else batch
 
-# %% ../../nbs/09d_quantization.convert.ipynb #64a391c5
+# %% ../../nbs/09d_quantization.convert.ipynb #1e3016db
 def quantized_from_file(model, # A model, or `Learner`, of the architecture that was saved, before it was quantized
                         file, # Path of a file from `torch.save(model.state_dict())` or `learn.save`
                        ): # `model`
     "Quantize a model as a saved one is, and load its weights, ranges and masks; raises `ValueError` if it doesn't fit"
     net,file = unwrap_model(getattr(model, 'model', model)),Path(file)
     if not file.exists(): raise FileNotFoundError(f"{file}: no such file")
-    state,modules = _load_state(file),dict(net.named_modules())
-    saved = [k.removesuffix('quantization').rstrip('.') for k in state if k.split('.')[-1]=='quantization']
-    if not saved: raise ValueError(f"{file}: holds no quantized model")
-    for name in saved:
-        if name not in modules: raise ValueError(f"{file}: has a quantized layer {name!r}, which the model does not have")
-        why = _why_not_restored(modules[name], decode_scheme(state[_key(name, 'quantization')]))
-        if why: raise ValueError(f"{file}: {name!r} can't be quantized: {why}")
-    for name in saved: _restore(modules[name], {k:state.get(_key(name, k)) for k in ('quantization','input_range','output_range')})
-    with no_shortcuts(net, keep=True): pass
-    if any('calls' in m.__dict__ for m in net.modules()): net.register_forward_pre_hook(reset_calls)
+    state = _load_state(file)
+    quantize_like(net, state, str(file))
     if any(k.endswith('_mask') for k in state): masks_from_file(net, file)
     else: net.load_state_dict(state)
     return model
+
+def quantize_like(model:nn.Module, # Of the architecture of `state`, before it was quantized
+                  state:dict, # State dict of a quantized model
+                  where:str='state', # What to call it in messages
+                 ):
+    "Quantize the layers that are quantized in `state`, so that it can be loaded"
+    modules = dict(model.named_modules())
+    saved = [k.removesuffix('quantization').rstrip('.') for k in state if k.split('.')[-1]=='quantization']
+    if not saved: raise ValueError(f"{where}: holds no quantized model")
+    for name in saved:
+        if name not in modules: raise ValueError(f"{where}: has a quantized layer {name!r}, which the model does not have")
+        why = _why_not_restored(modules[name], decode_scheme(state[_key(name, 'quantization')]))
+        if why: raise ValueError(f"{where}: {name!r} can't be quantized: {why}")
+    for name in saved: _restore(modules[name], {k:state.get(_key(name, k)) for k in ('quantization','input_range','output_range')})
+    _finish(model)
 
 def _key(name, buffer): return f'{name}.{buffer}' if name else buffer
 
@@ -186,3 +197,21 @@ def _why_not_restored(module, scheme): return why_not_quantized(module) if schem
 def _restore(module, held):
     rows = {k:0 if held[k] is None else len(held[k]) for k in ('input_range','output_range')}
     quantize_layer_(module, decode_scheme(held['quantization']), rows['input_range'], rows['output_range'])
+
+# %% ../../nbs/09d_quantization.convert.ipynb #622e0af2
+def dequantize_(model, # Quantized model or `Learner` to change
+               ): # `model`
+    "Forget schemes and ranges, and compute in floats again"
+    inner = unwrap_model(getattr(model, 'model', model))
+    float_types = {q:f for f,q in reversed(quantized_types.items())}
+    for m in quantized_modules(inner).values():
+        m.__class__ = float_types.get(type(m), type(m))
+        for n in ('quantization','input_range','output_range'): m._buffers.pop(n, None)
+        for n in ('scheme','observes','calls'): m.__dict__.pop(n, None)
+        _remove_hook(m._forward_hooks, lambda f: f is quantize_output)
+        _remove_hook(m._load_state_dict_pre_hooks, lambda f: getattr(f, 'hook', f) is keep_ranges)
+    _remove_hook(inner._forward_pre_hooks, lambda f: f is reset_calls)
+    return model
+
+def _remove_hook(hooks, is_it):
+    for k in [k for k,f in hooks.items() if is_it(f)]: del hooks[k]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Recipe', 'RecipeLength']
 
-# %% ../../nbs/22_recipe.compile.ipynb #962fce4b
+# %% ../../nbs/22_recipe.compile.ipynb #74be1be0
 import inspect
 from dataclasses import replace
 from fastai.basics import *
@@ -14,14 +14,15 @@ from ..callback.core import *
 from ..callback.dynamic_pruning import *
 from ..callback.learning_rate import *
 from ..callback.pruning import *
+from ..callback.quantization import *
+from ..callback.structured import *
 from ..callback.training import *
 from .expression import *
 from .loader import *
 from .parse import *
 
-# %% ../../nbs/22_recipe.compile.ipynb #5cb4e5c2
-_sparseml = {f'{n}Modifier' for n in '''ASReg Distillation LayerPruning LayerThinning MFACPruning MovementPruning OBSPruning
-    PerLayerDistillation Powerpropagation Quantization StructuredPruning TopKASTPruning'''.split()}
+# %% ../../nbs/22_recipe.compile.ipynb #2619bf54
+_sparseml = {f'{n}Modifier' for n in '''ASReg Distillation MFACPruning MovementPruning OBSPruning PerLayerDistillation Powerpropagation TopKASTPruning'''.split()}
 
 def _class_of(m, place):
     if m.tag in modifiers: return modifiers[m.tag]

@@ -9,25 +9,37 @@ __all__ = ['generate_recipe']
 from .expression import RecipeError
 from .compile import *
 
-# %% ../../nbs/23_recipe.generate.ipynb #4515d46a
-_template = '''# Trains for {num_epochs} epochs and ends with {percent} % of the weights at zero.
+# %% ../../nbs/23_recipe.generate.ipynb #20765975
+_head = '''# Trains for {num_epochs} epochs{result}.
 version: 1.1.0
 
 # What to change
 num_epochs: {num_epochs}
-sparsity: {sparsity}             # share of zeros in each pruned layer
+'''
+
+_pruning_variables = '''sparsity: {sparsity}             # share of {what}
 init_sparsity: eval(min(0.05, sparsity / 2))
 
 # Phases, in epochs: dense warm-up, pruning, recovery
-pruning_start: eval(num_epochs * {start})
+pruning_start: eval(num_epochs * 0.1)
 pruning_end: eval(num_epochs * {end})
-update_frequency: eval((pruning_end - pruning_start) / {updates})
+update_frequency: eval((pruning_end - pruning_start) / 20)
+'''
 
+_int8_variables = '''
+# 8-bit integers, in epochs: training with their rounding errors starts, and ranges and batch norms are frozen
+quantization_start: eval(num_epochs * 0.7)
+quantization_freeze: eval(num_epochs * 0.9)
+'''
+
+_training = '''
 training_modifiers:
   - !EpochRangeModifier
       start_epoch: 0.0
       end_epoch: eval(num_epochs)
+'''
 
+_pruning = '''
 pruning_modifiers:
   - !{modifier}
       params: {params}
@@ -39,15 +51,41 @@ pruning_modifiers:
       mask_type: {mask_type}
 '''
 
-def generate_recipe(sparsity:float, # Final share of zeros, in (0,1)
+_channels = '''      budget: flops
+  - !LayerThinningModifier
+      update_epochs: [eval(pruning_end)]
+      round_to: 8
+'''
+
+_int8 = '''
+quantization_modifiers:
+  - !QuantizationModifier
+      start_epoch: eval(quantization_start)
+      disable_quantization_observer_epoch: eval(quantization_freeze)
+      freeze_bn_stats_epoch: eval(quantization_freeze)
+'''
+
+def generate_recipe(sparsity:float, # Final share of zeros, in (0,1); None: no pruning
                     num_epochs:int, # Epochs of training, at least 1
                     params='__ALL_PRUNABLE__', # What to prune: a name, or a list of names
                     mask_type='unstructured', # Pattern: `unstructured`, `block4`, `[a, b]`, `filter`, `channel`
                     global_sparsity:bool=False, # Does one threshold serve all layers?
+                    int8:bool=False, # Train for 8-bit integers at the end?
+                    channels:bool=False, # Remove whole channels? `sparsity` is then the share of the FLOPs that go
                    )->str: # YAML, which `Recipe.from_string` compiles
-    "A commented recipe: dense warm-up, gradual pruning, recovery"
-    if not 0<sparsity<1: raise ValueError(f"sparsity must be between 0 and 1, got {sparsity}")
+    "A commented recipe: dense warm-up, gradual pruning, recovery, quantization"
+    if sparsity is not None and not 0<sparsity<1: raise ValueError(f"sparsity must be between 0 and 1, got {sparsity}")
     if num_epochs<1: raise ValueError(f"num_epochs must be at least 1, got {num_epochs}")
+    if channels and (mask_type!='unstructured' or global_sparsity): raise ValueError("channels: whole channels are chosen by the FLOPs of all layers, leave mask_type and global_sparsity out")
     params = params if isinstance(params, str) else [str(p) for p in params]
-    return _template.format(num_epochs=num_epochs, sparsity=sparsity, percent=round(sparsity*100, 2), start=.1, end=.7, updates=20,
-                            modifier='GlobalMagnitudePruningModifier' if global_sparsity else 'MagnitudePruningModifier', params=params, mask_type=mask_type)
+    percent = sparsity and round(sparsity*100, 2)
+    ends = [f'without {percent} % of its FLOPs' if channels else f'with {percent} % of the weights at zero'] if sparsity else []
+    parts = [_head.format(num_epochs=num_epochs, result=' and ends '+', '.join(ends+['in 8-bit integers']*int8) if ends or int8 else '')]
+    if sparsity: parts.append(_pruning_variables.format(sparsity=sparsity, what='the FLOPs that go, with whole channels' if channels else 'zeros in each pruned layer', end=.5 if channels else .6 if int8 else .7))
+    if int8: parts.append(_int8_variables)
+    parts.append(_training)
+    modifier = 'StructuredPruningModifier' if channels else 'GlobalMagnitudePruningModifier' if global_sparsity else 'MagnitudePruningModifier'
+    if sparsity: parts.append(_pruning.format(modifier=modifier, params=params, mask_type='filter' if channels else mask_type))
+    if channels and sparsity: parts.append(_channels)
+    if int8: parts.append(_int8)
+    return ''.join(parts)
