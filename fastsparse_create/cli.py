@@ -8,7 +8,7 @@ __all__ = ['main']
 # %% ../nbs/45_cli.ipynb #2da079d9
 import argparse,logging,shlex,sys,warnings
 
-# %% ../nbs/45_cli.ipynb #d96574e1
+# %% ../nbs/45_cli.ipynb #5f2d5563
 class _Parser(argparse.ArgumentParser):
     def error(self, message): self.exit(2, f'{self.prog}: {message}\n')
 
@@ -21,7 +21,8 @@ def _parser():
     add('--use-case', required=True, help='kind of task: image_classification')
     add('--model', required=True, help='name of a network of fastai, torchvision or timm, or a file: .pth (weights) or .pkl (an exported Learner: a pickle, which may run any code; only if you trust it)')
     add('--data', required=True, help="folder with train/<class>/ and valid/<class>/, or with <class>/; 'digits'; or the name of a data set of fastai, like imagenette")
-    add('--optim-level', default='0.5', help='0: dense only; below 0.3: INT8 (to come); 0.3 to 1: 60%% to 95%% sparse; 2 to 100 are percent (default: %(default)s)')
+    add('--optim-level', default='0.5', help='0: dense only; below 0.3: INT8; 0.3 to 1: INT8 and 60%% to 95%% sparse; 2 to 100 are percent (default: %(default)s)')
+    add('--target', default='any', help='where the model is to run. any: zeros anywhere and INT8, a small file; onnxruntime: whole channels removed and INT8, fast in ONNX Runtime (default: %(default)s)')
     add('--eval-metric', help='accuracy (default), f1, recall, precision or error_rate')
     add('--recipe', help='file .yaml or .md with a recipe; default: one is generated for the optim level')
     add('--recipe-args', help="""values for the recipe's variables: 'sparsity=0.9,num_epochs=5', or JSON""")
@@ -33,13 +34,17 @@ def _parser():
     add('--seed', type=int, default=42, help='of everything random (default: %(default)s)')
     return top,p
 
-# %% ../nbs/45_cli.ipynb #a1fff835
+# %% ../nbs/45_cli.ipynb #74405d40
 def _table(metrics):
     "The metrics as lines of text, a column for each run"
     columns = {r['model']:r for r in metrics.to_dict('records')}
     shown = lambda k,v: f'{v:.4f}' if isinstance(v, float) and k!='seconds' else f'{v:,}'
     rows = [['', *columns], *([k.replace('_', ' '), *(shown(k, r[k]) for r in columns.values())] for k in metrics.columns[1:])]
     return '\n'.join('  '.join([f'{row[0]:<12}', *(f'{c:>12}' for c in row[1:])]) for row in rows)
+
+def _rows(deployed):
+    "What was measured of the files, a line for each"
+    return '\n'.join(f"{r['what']:<20}  {next(iter(list(r.values())[1:])):>8.4f}  {r['ms']:>8.2f} ms  {r['times_as_fast']:>6.1f}x  {r['MB']:>8.2f} MB" for r in deployed.to_dict('records'))
 
 def main(argv:list=None, # Arguments; default: those of the process
         )->int: # Exit code
@@ -54,7 +59,8 @@ def main(argv:list=None, # Arguments; default: those of the process
         try: experiment = TrainingAware(**{**args, 'command':shlex.join(['fastsparse.run', *argv])})
         except (ValueError,OSError) as e: parser.error(' '.join(str(e).split()))
         experiment.run(show_bar=sys.stdout.isatty())
-    print('', _table(experiment.metrics), '', *experiment.remarks, f"Report: {experiment.folder/'report.html'}", sep='\n')
+    deployed = [] if experiment.deployed is None else [_rows(experiment.deployed), '']
+    print('', _table(experiment.metrics), '', *deployed, *experiment.remarks, f"Report: {experiment.folder/'report.html'}", sep='\n')
     return 0
 
 # %% ../nbs/45_cli.ipynb #e2d20a7a

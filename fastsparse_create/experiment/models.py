@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['create_model', 'arch_name', 'check_outputs', 'save_model', 'load_model']
 
-# %% ../../nbs/41_experiment.models.ipynb #dfda336a
+# %% ../../nbs/41_experiment.models.ipynb #3776cd31
 import torchvision
 from difflib import get_close_matches
 from fastai.vision.all import *
 from fastai.vision.models import xresnet
 from ..masking import *
+from ..quantization.convert import *
+from ..thinning import *
 
 # %% ../../nbs/41_experiment.models.ipynb #650e3854
 _fastai_models = {n:getattr(xresnet,n) for n in xresnet.__all__ if n.islower()}
@@ -55,7 +57,7 @@ def _from_name(name, n_out, pretrained=False):
 
 def _first_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0]
 
-# %% ../../nbs/41_experiment.models.ipynb #b71c080f
+# %% ../../nbs/41_experiment.models.ipynb #9ffb6f4e
 def _read_weights(file):
     "The content of a file of weights, as a dict with the state dict in `model`"
     if not file.exists(): raise FileNotFoundError(f"{file}: no such file")
@@ -67,19 +69,22 @@ def _read_weights(file):
 
 def _without_masks(state): return {k:v for k,v in state.items() if not (k.endswith('_mask') and k.removesuffix('_mask') in state and v.dtype==torch.bool)}
 
-def _load_weights(file, arch=None, n_out=None):
+def _load_weights(file, arch=None, n_out=None, as_saved=False):
     saved = _read_weights(file)
     state,arch = _without_masks(saved['model']),arch or saved.get('arch')
     if arch is None: raise ValueError(f"{file}: doesn't say of which network it holds the weights; name it, as arch")
     n_out = n_out or len(saved.get('classes', []))
     model = _from_name(arch, n_out)
-    try: model.load_state_dict(state)
-    except RuntimeError as e: raise ValueError(f"{file}: doesn't fit {arch!r} with {n_out} classes: {str(e).strip().splitlines()[-1].strip()}") from e
-    return model
+    try:
+        if saved.get('thinned'): thin_like(model, state)
+        if any(k.split('.')[-1]=='quantization' for k in state): quantize_like(model, state)
+        model.load_state_dict(state)
+    except (RuntimeError,ValueError) as e: raise ValueError(f"{file}: doesn't fit {arch!r} with {n_out} classes: {str(e).strip().splitlines()[-1].strip()}") from e
+    return model if as_saved else dequantize_(model)
 
 def _load_pickle(file):
     if not file.exists(): raise FileNotFoundError(f"{file}: no such file")
-    try: return make_permanent(load_learner(file).model)
+    try: return dequantize_(make_permanent(load_learner(file).model))
     except Exception as e: raise ValueError(f"{file}: no Learner that can be loaded: {_first_line(e)}") from e
 
 # %% ../../nbs/41_experiment.models.ipynb #f42fb78e
@@ -115,7 +120,7 @@ def check_outputs(model:nn.Module, # A classifier
     shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if shape!=[len(xb),n_out]: raise ValueError(f"the model must give {n_out} numbers for each image of {size}, one for a class; it gives {shape} for {len(xb)} images")
 
-# %% ../../nbs/41_experiment.models.ipynb #ce777f4c
+# %% ../../nbs/41_experiment.models.ipynb #de7a1e8c
 def save_model(file, # Path to write
                model:nn.Module, # A model without masks, see `make_permanent`
                arch:str, # Name of the network, or None
@@ -128,4 +133,4 @@ def save_model(file, # Path to write
 def load_model(file, # What `save_model` wrote
               )->nn.Module: # The network, ready for inference
     "Rebuild a network from its file; runs no code of the file"
-    return _load_weights(Path(file)).eval()
+    return _load_weights(Path(file), as_saved=True).eval()

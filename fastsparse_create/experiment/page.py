@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['html_page', 'html_table', 'html_figure', 'html_section', 'html_details', 'html_code', 'experiment_page']
 
-# %% ../../nbs/43_experiment.page.ipynb #2b0f74df
+# %% ../../nbs/43_experiment.page.ipynb #54af4863
 import base64,io,platform
 from datetime import datetime
 from html import escape
@@ -16,6 +16,7 @@ from fastai import __version__ as fastai_version
 from .. import __version__
 from ..plots import *
 from ..report import *
+from ..report import human
 
 # %% ../../nbs/43_experiment.page.ipynb #5c81dd0a
 _css = '''
@@ -84,18 +85,20 @@ def html_details(summary:str, # Plain text
 
 def html_code(text:str)->str: return f'<pre>{escape(text)}</pre>'
 
-# %% ../../nbs/43_experiment.page.ipynb #3be41b6b
+# %% ../../nbs/43_experiment.page.ipynb #35066abf
 def _percent(v): return f'{v:.2%}'
 def _points(a, b): return f'{(b-a)*100:+.2f} points'.replace('-', '−')
 def _time(s): return f'{s:.0f} s' if s<120 else f'{s/60:.1f} min'
 
-def _title(exp): return f"{'Sparse ' if len(exp.runs)>1 else ''}{Path(exp.model).name} on {Path(exp.data.name).name}"
+def _title(exp): return f"{exp.runs[1].name.capitalize()+' ' if len(exp.runs)>1 else ''}{Path(exp.model).name} on {Path(exp.data.name).name}"
 
 def _lead(exp):
     rows,m = exp.metrics.to_dict('records'),exp.metric.replace('_', ' ')
     if len(rows)==1: return f"The dense model reaches {_percent(rows[0][exp.metric])} {m}; nothing was pruned."
     dense,sparse = rows
-    return (f"{_percent(sparse['sparsity'])} of the weights in the pruned layers are zero. The sparse model reaches {_percent(sparse[exp.metric])} {m}, "
+    how = {'sparse':f"{_percent(sparse['sparsity'])} of the weights in the pruned layers are zero.", 'quantized':"The weights and activations are rounded to 8-bit integers.",
+           'thinned':f"{sparse['flops']/dense['flops']:.0%} of the FLOPs are left, {sparse['parameters']/dense['parameters']:.0%} of the parameters."}
+    return (f"{how[sparse['model']]} The {sparse['model']} model reaches {_percent(sparse[exp.metric])} {m}, "
             f"the dense one {_percent(dense[exp.metric])} after as many epochs.")
 
 def _cards(exp):
@@ -105,8 +108,8 @@ def _cards(exp):
     if len(exp.runs)>1: cards.insert(1, (_points(dense[exp.metric], last[exp.metric]), 'against the dense model'))
     return '<div class="cards">'+''.join(f'<div class="card"><b>{escape(v)}</b><span>{escape(t)}</span></div>' for v,t in cards)+'</div>'
 
-_labels = {'nonzeros':'non-zeros', 'seconds':'training time'}
-_formats = {'loss':'{:.4f}'.format, 'parameters':'{:,}'.format, 'nonzeros':'{:,}'.format, 'epochs':str, 'seconds':_time}
+_labels = {'nonzeros':'non-zeros', 'flops':'FLOPs of an image', 'seconds':'training time'}
+_formats = {'loss':'{:.4f}'.format, 'flops':human, 'parameters':'{:,}'.format, 'nonzeros':'{:,}'.format, 'epochs':str, 'seconds':_time}
 
 def _comparison(exp):
     table = exp.metrics.set_index('model')
@@ -114,6 +117,11 @@ def _comparison(exp):
     if len(table)>1:
         for c,row in zip(table, rows): row.append('' if c in _formats or c=='sparsity' else _points(*table[c]))
     return html_table(rows, ['', *table.index, *['difference']*(len(table)>1)], 'plain numbers')
+
+def _deployed(exp):
+    rows = [[r['what'], *(_percent(r[m]) for m in exp.metric_names), f"{r['ms']:.2f} ms", f"{r['times_as_fast']:.1f}×", f"{r['MB']:.2f} MB"] for r in exp.deployed.to_dict('records')]
+    return [html_table(rows, ['', *(m.replace('_', ' ') for m in exp.metric_names), 'one image, one thread', 'speed', 'size'], 'plain numbers'),
+            '<p class="soft">Measured on the files themselves, in turn on this machine. CPU time, median; speed against the dense model in PyTorch.</p>']
 
 def _facts(exp):
     device = str(one_param(exp.learn.model).device)
@@ -123,7 +131,7 @@ def _facts(exp):
            'Date':datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z')}
     return html_table(run.items(), cls='plain facts')
 
-# %% ../../nbs/43_experiment.page.ipynb #43b46f00
+# %% ../../nbs/43_experiment.page.ipynb #8975c483
 def _plot_history(exp):
     fig,axs = plt.subplots(1, 2, figsize=(9,3), layout='constrained')
     for ax,column in zip(axs, ['valid_loss', exp.runs[0].history.columns[4]]):
@@ -173,6 +181,7 @@ def experiment_page(exp, # A `TrainingAware` that has run
     return html_page(_title(exp), f'<h1>{escape(_title(exp))}</h1>', f'<p class="lead">{escape(_lead(exp))}</p>',
         *(f'<p class="remark">{escape(r)}</p>' for r in exp.remarks), _cards(exp),
         html_section('Dense and sparse' if len(exp.runs)>1 else 'The dense model', _comparison(exp)),
+        *([html_section('As a file', *_deployed(exp))] if exp.deployed is not None else []),
         html_section('Training', *_training(exp)),
         *([html_section('Where the zeros are', *_zeros(exp))] if len(exp.runs)>1 else []),
         html_section('Predictions', html_figure(partial(_predictions, exp), 'Validation images: label above, prediction of the '+exp.runs[-1].name+' model below; red where they differ', 'png')),
