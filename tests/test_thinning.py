@@ -351,6 +351,15 @@ class Reader(nn.Module):
 def test_models_that_can_not_be_traced_are_refused():
     with pytest.raises(ValueError, match='Python reads'): thin_(Reader(), torch.randn(2, 4))
 
+def test_nothing_to_remove_is_an_error():
+    with pytest.raises(ValueError, match='no channels'): prune_channels_(nn.Linear(4, 2), torch.randn(2, 4), amount=.5)
+    with pytest.raises(TypeError, match='model'): thin_('model', torch.randn(2, 4))
+
+def test_memory_format_stays():
+    model = small_net().to(memory_format=torch.channels_last)
+    prune_channels_(model, torch.randn(2, 3, 8, 8), amount=.5)
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
 # files
 
 def test_thin_like():
@@ -445,6 +454,58 @@ def test_averages_of_callbacks_are_found():
     learn,ema = tiny_learner(),Averaging()
     learn.fit(3, cbs=[StructuredPruningModifier(0., .5, 0, 1, .5), LayerThinningModifier(update_epochs=[2]), ema])
     assert ema.average[0].weight.shape==learn.model[0].weight.shape==(8,4)
+
+def test_resumed_fits_know_what_was_removed(tmp_path):
+    def cbs(): return [StructuredPruningModifier(0., .75, 0, 3, .5, inter_func='linear'), LayerThinningModifier(update_epochs=[1.5,4.])]
+    straight = tiny_learner()
+    straight.fit(4, cbs=cbs())
+    learn,file = tiny_learner(path=tmp_path),tmp_path/'models'/'at_1.pth'
+    learn.fit(4, cbs=[*cbs(), SaveModelCallback(fname='at', every_epoch=True, with_opt=True)])
+    again = tiny_learner(path=tmp_path)
+    thin_like(again, file)
+    masks_from_file(again.model, file)
+    again.load('at_1', with_opt=True)
+    again.fit(4, start_epoch=2, cbs=cbs())
+    assert straight.model[0].out_features==again.model[0].out_features==4
+    assert same(weights(straight.model), weights(again.model))
+
+def test_stopped_before_thinning():
+    learn = tiny_learner()
+    class Stop(Callback):
+        def after_epoch(self): raise CancelFitException
+    learn.fit(3, cbs=[StructuredPruningModifier(0., .5, 0, 1, .5), LayerThinningModifier(update_epochs=[2]), Stop()])
+    assert learn.model[0].out_features==16 and not violations(learn.model, learn.opt)
+
+def test_zeros_that_are_held_later_fit():
+    learn = tiny_learner()
+    learn.fit(4, cbs=[StructuredPruningModifier(0., .5, 0, 1, .5), LayerThinningModifier(update_epochs=[1]), ConstantPruningModifier(start_epoch=2)])
+    assert learn.model[0].out_features==8
+
+@pytest.mark.parametrize('more', [lambda: GradientAccumulation(16), lambda: GradientClip(.1), lambda: MixedPrecision(), lambda: ChannelsLast()])
+def test_other_callbacks(more):
+    learn = tiny_learner(convnet(), shape=(3,8,8))
+    witness = Witness()
+    learn.fit(3, cbs=[StructuredPruningModifier(0., .5, 0, 1, .5), LayerThinningModifier(update_epochs=[2]), more(), witness])
+    assert learn.model[0].out_channels==4 and witness.steps and not witness.seen
+
+def test_frozen_layers_are_thinned_along():
+    learn = tiny_learner(splitter=halves)
+    learn.freeze_to(1)
+    learn.fit(1, cbs=[StructuredPruningModifier(0., .5, 0, .5, .5), LayerThinningModifier()])
+    learn.unfreeze()
+    learn.fit(1)
+    assert learn.model[0].out_features==8 and [len(pg) for pg in learn.opt.param_lists]==[2,4]
+
+def test_lr_find_and_export_with_modifiers_attached(tmp_path):
+    learn = tiny_learner(path=tmp_path, n_trn=30)
+    learn.add_cbs([StructuredPruningModifier(0., .5, 0, 1, .5), LayerThinningModifier(update_epochs=[2])])
+    learn.lr_find(show_plot=False, num_it=20)
+    assert learn.model[0].out_features==16
+    learn.fit(3)
+    learn.lr_find(show_plot=False, num_it=20)
+    learn.get_preds()
+    learn.export('thin.pkl')
+    assert load_learner(tmp_path/'thin.pkl').model[0].out_features==learn.model[0].out_features==8
 
 def test_dependency_map_chooses():
     learn = tiny_learner()

@@ -187,7 +187,7 @@ def _near(name, names):
     near = get_close_matches(name, list(names), 1, .4)
     return f"; did you mean {near[0]!r}?" if near else ''
 
-# %% ../../nbs/14a_callback.structured.ipynb #4a4a7e24
+# %% ../../nbs/14a_callback.structured.ipynb #3f9ab761
 def _forget_best(learn):
     "What was best before the model changed its shape can't be loaded again"
     for cb in learn.cbs:
@@ -203,7 +203,7 @@ def _averages(learn):
 
 class LayerThinningModifier(NeedsExample, Modifier):
     "Physically removes channels that are 0, with all that depends on them, while training goes on"
-    order = 10.3  # pruners (10.2) have set their masks
+    order,replays = 10.3,False  # pruners (10.2) have set their masks
     def __init__(self,
                  param_group_dependency_map:dict=None, # `{'p1,p2': [dependents]}`: weights whose channels go; default: all groups of the model's graph
                  structure_type:str='filter', # Whether the names are weights that make the channels, `filter`, or read them, `channel`
