@@ -48,7 +48,7 @@ def _holds(params, drops, is_constant):
             if is_constant and params[p.name].ndim==1: holds[p.name][p.start+channels*p.repeat] = False
     return holds
 
-# %% ../nbs/09h_thinning.ipynb #aca5c4a2
+# %% ../nbs/09h_thinning.ipynb #3ac411ee
 @dataclass(frozen=True)
 class ThinnedLayer:
     "What became of the outputs of a layer"
@@ -64,9 +64,9 @@ def _report(graph, drops, notes):
         for layer,(size,repeat) in graph.layer_sizes(g).items():
             row = rows.get(layer, ThinnedLayer(layer, size, size, ''))
             rows[layer] = ThinnedLayer(layer, size, row.left-len(drops.get(g, []))*repeat, row.status or g.reason or notes.get(g, ''))
-    done = [replace(r, status='; '.join(filter(None, ['thinned' if r.left<r.channels else '', r.status])) or 'nothing to remove') for r in rows.values()]
+    done = [replace(r, status='; '.join(filter(None, ['thinned' if r.left<r.channels else '', r.status])) or 'nothing to remove') for r in (rows[n] for n in dict.fromkeys(map(layer_of, graph.shapes)) if n in rows)]
     (flops,params),(flops_left,params_left) = graph.costs({}),graph.costs({g:len(d) for g,d in drops.items()})
-    shares = f"{flops_left/max(1, flops):.1%} of the FLOPs ({human(flops)} → {human(flops_left)}), {params_left/max(1, params):.1%} of the parameters ({human(params)} → {human(params_left)})"
+    shares = f"{flops_left/max(1, flops):.1%} of the example's FLOPs ({human(flops)} → {human(flops_left)}), {params_left/max(1, params):.1%} of the parameters ({human(params)} → {human(params_left)})"
     return LayerReport(done, f"{sum(len(d) for d in drops.values()):,} channels removed; left: {shares}")
 
 # %% ../nbs/09h_thinning.ipynb #8e208d2e
