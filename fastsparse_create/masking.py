@@ -83,7 +83,7 @@ def mask_tensors(tensors:list, # Tensors to change in place
         t = t.data  # masking what is masked already must not invalidate graphs that wait for their backward pass
         t.view(_widths[t.element_size()]).bitwise_and_(_mask_bits(m, t))
 
-# %% ../nbs/05_masking.ipynb #53c7e9a7
+# %% ../nbs/05_masking.ipynb #bb94a6af
 @dataclass(eq=False)
 class MaskedParam:
     "A parameter with its mask; `owners` are the `(module, attribute)` pairs that hold them"
@@ -99,6 +99,8 @@ class MaskedParam:
         module,attr = self.owners[0]
         return _masked(module)[attr]
 
+    @property
+    def numel(self): return self.param.numel()
     @property
     def n_kept(self): return n_kept(self.mask)
     @property

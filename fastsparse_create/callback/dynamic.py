@@ -23,7 +23,7 @@ from ..sparse.linear import *
 from ..selection import *
 from ..sparsify import *
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #ce5b3c5d
+# %% ../../nbs/15a_callback.dynamic.ipynb #e816595e
 def drop_and_grow(mask:Tensor, # Boolean, True where there is a connection
                   keep_scores:Tensor, # Of the mask's shape; the highest of what is connected stay
                   grow_scores:Tensor, # Of the mask's shape; the highest of all the others are grown
@@ -49,8 +49,9 @@ def _choose(mask, drop, grow, n_keep, n_total):
     dropped,free = drop(was, n-n_keep, lowest=True),~was
     free[dropped] = True
     grown = grow(free, n_total-n+len(dropped))
-    free[grown] = False  # of those dropped, too: what comes back has never gone
-    return torch.from_numpy(dropped[free[dropped]]),torch.from_numpy(grown[~was[grown]])
+    comes_back = was[grown]
+    free[grown[comes_back]] = False
+    return torch.from_numpy(dropped[free[dropped]]),torch.from_numpy(grown[~comes_back])
 
 def _exchanged_groups(mask, active, keep_scores, grow_scores, n_keep, n_total):
     "Blocks are kept and grown as a whole. Their number is what counts, as incomplete ones hold fewer weights"
@@ -76,7 +77,7 @@ class MaskUpdate:
     churn:float # Share of the connections that are new
     ever_active:float # Share of all weights that have been connected at some time ([ITOP](https://arxiv.org/abs/2102.02887)'s R_s)
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #667c46d0
+# %% ../../nbs/15a_callback.dynamic.ipynb #7d679048
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
@@ -142,7 +143,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         stored,others = self._stored()
         names = fitting_params(self.model, others, self.calculator) if others else []
         masked = [p for p in masked_params(self.model) if p.name in names]
-        return [p.name for p in masked] if stored or not all(p.mask.all() for p in masked) else names
+        return [p.name for p in masked] if stored or not _are_dense(masked) else names
 
     def before_fit(self):
         super().before_fit()
@@ -153,12 +154,12 @@ class DropAndGrow(PruningModifier, abstract=True):
 
     def _start(self, epoch):
         self._started,sparsity = True,self._sparsity
-        if self._params and all(p.mask.all() for p in self._params): return self._make_masks(epoch)
+        if self._params and _are_dense(self._params): return self._make_masks(epoch)
         self._check_masks()
         if sparsity is None or self.resumed_at: return
-        found,numel = sum((~p.mask).sum().item() for p in self._params),sum(p.mask.numel() for p in self._params)
+        found,numel = sum(p.numel-p.n_kept for p in self._params),sum(p.numel for p in self._params)
         shares = self._distribution([p.weight for p in self._params], sparsity)
-        expected = sum(s*p.mask.numel() for s,p in zip(shares, self._params))
+        expected = sum(s*p.numel for s,p in zip(shares, self._params))
         if abs(found-expected)>.01*numel:
             raise ValueError(f"{type(self).__name__}: sparsity {sparsity} was asked for, but the model's masks have {found/numel:.4g}: ask for that, or let go of them with make_permanent")
 
@@ -288,17 +289,19 @@ class DropAndGrow(PruningModifier, abstract=True):
         had = [p.n_kept for p in live]
         keep = [n-int(share*n) for n in had]
         if self.redistribute_f is None: return zip(keep, had)
-        needs = [_mean(_scores(p, self.redistribute_f, c), c['mask'].flatten()) for p,c in zip(live, contexts)]
+        needs = [_mean(_scores(p, self.redistribute_f, c), c['mask'].flatten(), n) for p,c,n in zip(live, contexts, had)]
         for p,need in zip(live, needs):
             if not 0<=need<math.inf: raise ValueError(f"{p.name}: its connections score {need:g} in the mean, so that they can't be redistributed: scores must be finite and not negative")
-        return zip(keep, [k+n for k,n in zip(keep, water_fill(sum(had)-sum(keep), needs, [c['mask'].numel()-k for c,k in zip(contexts, keep)]))])
+        return zip(keep, [k+n for k,n in zip(keep, water_fill(sum(had)-sum(keep), needs, [p.numel-k for p,k in zip(live, keep)]))])
 
     def _note(self, batch, share, grown):
         "What an update has done"
         for n,positions in grown.items(): self._ever[n][positions] = True
-        n_active,numels = {p.name:p.n_kept for p in self._params},{n:e.numel() for n,e in self._ever.items()}
+        n_active,numels = {p.name:p.n_kept for p in self._params},{p.name:p.numel for p in self._params}
         n_new,n_ever = sum(map(len, grown.values())),sum(map(n_kept, self._ever.values()))
         return MaskUpdate(batch, self.now, share, {n:1-k/numels[n] for n,k in n_active.items()}, n_new/max(1, sum(n_active.values())), n_ever/sum(numels.values()))
+
+def _are_dense(params): return all(p.n_kept==p.numel for p in params)
 
 def _checked(p, criterion, context):
     scores = criterion(p.weight, **context)
@@ -317,11 +320,10 @@ def _stored_picker(p):
     where,scores = p.layer.positions.numpy(),_Absolute(p.param.detach())
     return lambda _,n,lowest: where[pick(scores, np.ones(len(where), bool), n, lowest)]
 
-def _mean(scores, mask, step=1<<16):
-    "Mean score of what `mask` keeps; 0 if that is nothing"
+def _mean(scores, mask, n, step=1<<16):
+    "Mean score of the `n` that `mask` keeps; 0 if that is nothing"
     mask = mask.cpu().numpy()
-    total = sum(float(np.dot(scores[i:i+step], mask[i:i+step].astype('f'))) for i in range(0, len(mask), step))
-    return total/max(1, np.count_nonzero(mask))
+    return sum(float(np.dot(scores[i:i+step], mask[i:i+step].astype('f'))) for i in range(0, len(mask), step))/max(1, n)
 
 class _Absolute:
     "Absolute values, computed where they are asked for: each array is good until the next one"

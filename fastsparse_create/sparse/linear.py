@@ -204,7 +204,7 @@ def _resize_(t, data):
     t.data = data.new_empty(0, dtype=torch.float16)  # another dtype makes autograd forget the size that it expects of gradients
     t.data = data
 
-# %% ../../nbs/05a_sparse.linear.ipynb #75f159c0
+# %% ../../nbs/05a_sparse.linear.ipynb #3d461bdc
 @dataclass(eq=False)
 class SparseParam:
     "The weight of a `SparseLinear` layer as a dense tensor with a mask; its elements are made when they are asked for"
@@ -216,6 +216,8 @@ class SparseParam:
     def weight(self)->Tensor: return self.layer.weight.detach()
     @property
     def mask(self)->Tensor: return self.layer.mask
+    @property
+    def numel(self)->int: return self.layer.in_features*self.layer.out_features
     @property
     def n_kept(self)->int: return len(self.layer.values)
 
@@ -247,9 +249,9 @@ class SparseParam:
                  opt=None, # fastai or PyTorch optimizer
                 ):
         "As `rewire`, by what changes"
-        layer,stays = self.layer,torch.ones_like(self.layer.values, dtype=torch.bool)
-        stays[torch.searchsorted(layer.positions, dropped)] = False
-        new,order = _sort(torch.cat([layer.positions[stays], grown]))
+        layer,old = self.layer,self.layer.positions
+        stays = kept_positions(torch.ones_like(old, dtype=torch.bool).index_fill_(0, torch.searchsorted(old, dropped), False))
+        new,order = _sort(torch.cat([old[stays], grown]))
         def moved(t): return F.pad(t[stays], (0,len(grown)))[order]
         values,grad,slots = layer.values,layer.values.grad,[] if opt is None else optimizer_slots(opt, layer.values)
         values.grad = None
