@@ -200,6 +200,11 @@ def test_links_are_followed(tmp_path):
     save_sparse(mlp(), link)
     assert link.is_symlink() and (tmp_path/'real'/'f').is_file()
 
+def test_folders_are_checked_first(tmp_path):
+    with pytest.raises(FileNotFoundError, match='no such folder'): save_sparse(mlp(), tmp_path/'none'/'f')
+    with pytest.raises(IsADirectoryError, match='is a folder'): export_onnx(mlp(), tmp_path, torch.randn(2,4))
+    assert not list(tmp_path.iterdir())
+
 def sparse_file(path):
     model = mlp()
     sparsify_model(model, .8)

@@ -58,12 +58,14 @@ def _packed(state):
         tensors |= encoded if is_packed else dense
     return tensors,shapes,same
 
-# %% ../../nbs/60a_export.checkpoint.ipynb #4ec11072
+# %% ../../nbs/60a_export.checkpoint.ipynb #7a1c5921
 @contextmanager
 def atomic_path(path, # Path of a file to write
                ): # Path to write to
     "A temporary name beside `path`, which becomes `path` when the block is over, and goes if it fails"
     path = Path(os.path.realpath(path))
+    if not path.parent.is_dir(): raise FileNotFoundError(f"{path.parent}: no such folder")
+    if path.is_dir(): raise IsADirectoryError(f"{path}: is a folder")
     tmp = path.with_name(f'.{path.name}.{uuid4().hex}')
     try:
         yield tmp

@@ -6,7 +6,7 @@
 __all__ = ['named_inputs', 'named_outputs', 'Pixels', 'finished_copy', 'OnnxModel', 'onnx_ops', 'OnnxExport', 'export_onnx',
            'quantize_qat_export']
 
-# %% ../../nbs/60b_export.onnx.ipynb #587ac5fa
+# %% ../../nbs/60b_export.onnx.ipynb #ca4750ef
 import inspect,logging,math,tempfile,torch,warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -18,6 +18,7 @@ from io import StringIO
 from fastai.basics import *
 from fastai.data.transforms import Normalize
 from ..masking import *
+from ..report import human
 from ..selection import *
 from ..sparse.linear import *
 from .checkpoint import *
@@ -124,7 +125,7 @@ def finished_copy(model:nn.Module)->nn.Module: # On the CPU, for inference
     for m in model.modules(): m._modules.update({n:nn.Identity() for n,c in m._modules.items() if isinstance(c, ToTensorBase)})
     return make_permanent(model).eval().requires_grad_(False)
 
-# %% ../../nbs/60b_export.onnx.ipynb #d7c7ab81
+# %% ../../nbs/60b_export.onnx.ipynb #ff88a955
 _oldest = 13  # the first in which weights can be quantized by channel
 
 def _constant(graph, name):
@@ -156,10 +157,10 @@ def _hard_swish(node, graph):
     gate = f'{node.output[0]}/gate'
     return [helper.make_node('HardSigmoid', node.input, [gate], name=f'node_{gate}', alpha=1/6, beta=.5), helper.make_node('Mul', [node.input[0],gate], node.output, name=node.name)]
 
-def _drop(name, is_default=lambda v: v==0):
-    "Without an attribute that is new, if it says what was always so"
+def _drop(name, only_zero=False):
+    "Without an attribute that is new, and says what was always so"
     def f(node, graph):
-        kept = [a for a in node.attribute if a.name!=name or not is_default(a.i)]
+        kept = [a for a in node.attribute if a.name!=name or (only_zero and a.i)]
         del node.attribute[:]
         node.attribute.extend(kept)
         return [node]
@@ -181,8 +182,8 @@ def _layer_norm(node, graph):
             op('Div', [f'{o}/centered',f'{o}/std'], f'{o}/normed'), op('Mul', [f'{o}/normed',node.input[1]], f'{o}/scaled' if last else o),
             *([op('Add', [f'{o}/scaled',node.input[2]], o)] if last else [])]
 
-_older = {'Split':(18,_drop('num_outputs', lambda v: True)), 'LayerNormalization':(17,_layer_norm), 'Shape':(15,_shape_part), 'HardSwish':(14,_hard_swish), 'Reshape':(14,_drop('allowzero')),
-          **{o:(14,_drop('layout')) for o in ('LSTM','GRU','RNN')},
+_older = {'Split':(18,_drop('num_outputs')), 'LayerNormalization':(17,_layer_norm), 'Shape':(15,_shape_part), 'HardSwish':(14,_hard_swish), 'Reshape':(14,_drop('allowzero')),
+          **{o:(14,_drop('layout', only_zero=True)) for o in ('LSTM','GRU','RNN')},
           **{f'Reduce{o}':(18,_set_axes) for o in ('Mean','Max','Min','Prod','L1','L2','LogSum','LogSumExp','SumSquare')}}
 
 def _to_opset(proto, opset):
@@ -234,7 +235,7 @@ def onnx_ops(path, # ONNX file
             path = options.optimized_model_filepath
         return dict(Counter(n.op_type for n in onnx.load(path).graph.node).most_common())
 
-# %% ../../nbs/60b_export.onnx.ipynb #d2d042dc
+# %% ../../nbs/60b_export.onnx.ipynb #ffafc119
 @dataclass(frozen=True)
 class OnnxExport:
     "An ONNX file, and how it was checked"
@@ -257,7 +258,7 @@ class OnnxExport:
         kind = 'INT8' if self.int8 else 'float'
         inputs = ', '.join(f'{n} {s}' for n,s in self.inputs.items())
         same = '' if self.agreement is None else f", {self.agreement:.2%} with the same largest output" + f" (others by a margin of up to {self.margin:.2g})"*(self.agreement<1)
-        return (f"{self.path}: {self.size/1e6:.2f} MB, {kind}, opset {self.opset}, takes {inputs}\n"
+        return (f"{self.path}: {human(self.size)}B, {kind}, opset {self.opset}, takes {inputs}\n"
                 f"checked by {self.runtime} on {self.n_samples} samples in batches of {', '.join(map(str, self.batch_sizes))}{same}; "
                 f"differences: {self.rel_rms:.1e} RMS, at most {self.max_abs:.1e}")
 
@@ -292,7 +293,7 @@ def _differences(expected, got):
     same,ahead = choices
     return {'max_abs':max_abs, 'rel_rms':rel_rms, 'agreement':same.double().mean().item(), 'margin':ahead[~same].max().item() if (~same).any() else 0.}
 
-# %% ../../nbs/60b_export.onnx.ipynb #bdda6d4c
+# %% ../../nbs/60b_export.onnx.ipynb #6ef4a920
 @contextmanager
 def _quietly():
     "Nothing of what the exporter says can be helped by its user"
@@ -346,7 +347,7 @@ def export_onnx(model, # Any model, or a `Learner`; it isn't changed
                 normalize=None, # Normalize pixels from 0 to 1 in the file: `(mean, std)`, or `True` for the `Normalize` of a `Learner`
                 uint8:bool=False, # Does the file take pixels as bytes from 0 to 255?
                 opset:int=20, # Version of the operators, from 13
-                tol:float=None, # Largest `rel_rms` that passes; default: 1e-4, of quantized models 0.1
+                tol:float=None, # Largest `rel_rms` that passes; default: 1e-4, with half precision 0.01, of quantized models 0.1
                )->OnnxExport:
     "Write an ONNX file for batches of any size, and check it against the model; if it differs, `RuntimeError`, and no file"
     _need('onnx','onnxscript','onnxruntime')
@@ -363,11 +364,9 @@ def export_onnx(model, # Any model, or a `Learner`; it isn't changed
         inputs,samples = named_inputs(model, example),named_inputs(model, example if samples is None else samples)
         if list(inputs)!=list(samples): raise ValueError(f"samples: expected {', '.join(inputs)}, got {', '.join(samples)}")
         finished,interface = finished_copy(model),_Interface(list(inputs), isinstance(example, Mapping), pixels)
-        proto = _written(finished, inputs, interface, int8, opset)
         with atomic_path(path) as tmp:
-            tmp.write_bytes(proto.SerializeToString())
-            res = _checked(tmp, finished, samples, interface)
-            limit = tol if tol is not None else .1 if _is_quantized(model) else 1e-4
+            tmp.write_bytes(_written(finished, inputs, interface, int8, opset).SerializeToString())
+            res,limit = _checked(tmp, finished, samples, interface),_tolerance(finished) if tol is None else tol
             if not res['rel_rms']<=limit: raise RuntimeError(_mismatch(path, res, limit))
             size = tmp.stat().st_size
     return OnnxExport(Path(path), size, opset, int8=int8, **res)
@@ -390,6 +389,10 @@ def _checked(path, finished, samples, interface):
     expected = [list(named_outputs(interface.call(finished, list(interface.in_model(b).values()))).values()) for b in batches]
     n = len(first(samples.values()))
     return {'inputs':_describe(runner.session), 'n_samples':n, 'batch_sizes':tuple(len(first(b.values())) for b in batches), 'runtime':_runtime(), **_differences(expected, got)}
+
+def _tolerance(model):
+    if _is_quantized(model): return .1
+    return .01 if any(p.dtype in (torch.half,torch.bfloat16) for p in model.parameters()) else 1e-4
 
 def _mismatch(path, found, limit):
     same = '' if found['agreement'] is None else f", and the same largest output in {found['agreement']:.1%} of the cases"
