@@ -7,7 +7,10 @@ from fastsparse_create.experiment import training_aware as module
 from fastsparse_create.experiment.data import load_images
 from fastsparse_create.experiment.models import *
 from fastsparse_create.experiment.training_aware import TrainingAware,training_aware
+from fastsparse_create.export.onnx import OnnxModel,onnx_ops
 from fastsparse_create.masking import measured_sparsity
+from fastsparse_create.quantization.convert import is_quantized
+from fastsparse_create.recipe.generate import generate_recipe
 from fastsparse_create.selection import prunable
 
 def make_images(folder, n, shade=128):
@@ -29,8 +32,9 @@ digits = '--data digits --train-samples 40 --val-samples 20'.split()
 
 @pytest.fixture
 def quick(monkeypatch):
-    "No report: it takes most of the time of a small run"
+    "No report and no ONNX files: these take most of the time of a small run"
     monkeypatch.setattr(module, 'experiment_page', lambda exp: '')
+    monkeypatch.setattr(TrainingAware, '_deploy', lambda self, out: module.pd.DataFrame([{'what':'nothing', 'accuracy':0., 'ms':0., 'times_as_fast':0., 'MB':0.}]))
 
 def run(tmp_path, *args):
     "The folder that the command writes"
@@ -52,10 +56,10 @@ def test_the_command_prints_both_models_and_writes_everything(tmp_path):
                           capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert done.returncode==0, done.stderr
     assert 'Traceback' not in done.stderr and 'Warning' not in done.stderr
-    assert re.search(r'dense\s+sparse\naccuracy +[\d.]+ +[\d.]+', done.stdout) and 'INT8' in done.stdout
+    assert re.search(r'dense\s+sparse\naccuracy +[\d.]+ +[\d.]+', done.stdout) and 'model.onnx' in done.stdout
     folder, = tmp_path.iterdir()
     assert re.fullmatch(r'training_aware_image_classification_\d{4}(_\d\d){5}', folder.name)
-    assert sorted(o.name for o in folder.iterdir())==['history.csv','learner.pkl','metrics.csv','model.pth','recipe.yaml','report.html']
+    assert sorted(o.name for o in folder.iterdir())==['deployed.csv','history.csv','learner.pkl','metrics.csv','model.onnx','model.pth','recipe.yaml','report.html']
 
 def test_the_saved_weights_have_the_promised_zeros(made):
     saved = torch.load(made/'model.pth', weights_only=True)
@@ -66,10 +70,13 @@ def test_the_saved_weights_have_the_promised_zeros(made):
     dense,sparse = rows(made)
     assert float(sparse['sparsity'])==pytest.approx(measured_sparsity(model, '__ALL_PRUNABLE__'), abs=1e-9)
     assert float(dense['sparsity'])<.01 and dense['epochs']==sparse['epochs']=='1' and int(sparse['nonzeros'])<int(dense['nonzeros'])
-    assert set(dense)=={'model','accuracy','loss','sparsity','parameters','nonzeros','epochs','seconds'}
+    assert set(dense)=={'model','accuracy','loss','flops','sparsity','parameters','nonzeros','epochs','seconds'}
     assert [r['model'] for r in rows(made, 'history.csv')]==['dense','sparse']
 
-def test_the_learner_loads_without_this_library(made, images):
+def test_a_learner_without_quantization_loads_without_this_library(images, tmp_path, quick):
+    recipe = tmp_path/'r.yaml'
+    recipe.write_text(generate_recipe(.7, 1))
+    made = run(tmp_path/'out', *small, '--data', images, '--recipe', recipe, '--train-kwargs', '{"bs": 8}')
     code = f'''
 import sys, torch
 sys.modules['fastsparse_create'] = None
@@ -93,7 +100,7 @@ def test_the_report_escapes_and_needs_nothing_else(made):
     assert '<script' not in page and not re.findall(r'(?:src|href)="(?!data:)', page) and 'url(' not in page
     pictures = re.findall(r'src="data:image/(svg\+xml|png);base64,([^"]+)"', page)
     assert len(pictures)==6 and all(base64.b64decode(data) for _,data in pictures)
-    for text in ('INT8','70.00%','load_model','load_learner','fastsparse.run training-aware','Seed','PyTorch '+torch.__version__): assert text in page
+    for text in ('8-bit','70.00%','load_model','load_learner','fastsparse.run training-aware','Seed','PyTorch '+torch.__version__): assert text in page
 
 def test_the_recipe_is_readable_and_can_be_used_again(made, images, tmp_path, quick):
     assert '# ' in (made/'recipe.yaml').read_text()
@@ -125,14 +132,40 @@ def test_both_models_start_from_the_same_weights_and_see_the_same_batches(tmp_pa
     assert len(starts)==2 and all(torch.equal(a, b) for a,b in zip(*starts))
     assert seen[0]==seen[1]
 
-@pytest.mark.parametrize('level,remark', [('0',False),('0.2',True)])
-def test_low_optim_levels_train_a_dense_model(level, remark, tmp_path, capsys):
+@pytest.mark.parametrize('level,models,said', [('0',['dense'],'nothing was pruned'),('0.2',['dense','quantized'],'rounded to 8-bit integers')])
+def test_low_optim_levels_prune_nothing(level, models, said, tmp_path):
     folder = run(tmp_path, *small, *digits, '--optim-level', level)
-    assert [r['model'] for r in rows(folder)]==['dense'] and ('INT8' in capsys.readouterr().out)==remark
-    page = (folder/'report.html').read_text()
-    assert ('INT8' in page)==remark and 'nothing was pruned' in page
+    assert [r['model'] for r in rows(folder)]==models and float(rows(folder)[-1]['sparsity'])<.01
+    assert said in (folder/'report.html').read_text()
     assert 'EpochRangeModifier' in (folder/'recipe.yaml').read_text()
-    load_model(folder/'model.pth')
+    assert is_quantized(load_model(folder/'model.pth'))==(level=='0.2')
+    assert ('QLinearConv' in onnx_ops(folder/'model.onnx', optimized=True))==(level=='0.2')
+
+def test_for_onnxruntime_channels_are_removed(images, tmp_path):
+    folder = run(tmp_path, '--use-case', 'ic', '--model', 'resnet18', '--data', images, '--target', 'onnxruntime', '--epochs', '2', '--train-kwargs', '{"bs": 8}')
+    dense,thinned = rows(folder)
+    assert thinned['model']=='thinned' and .25<int(thinned['flops'])/int(dense['flops'])<.4 and int(thinned['parameters'])<.5*int(dense['parameters'])
+    model,learn = load_model(folder/'model.pth'),load_learner(folder/'learner.pkl')
+    x = torch.randn(3, 3, 32, 32)
+    with torch.no_grad(): expected = learn.model.eval()(x)
+    assert torch.allclose(model(x), expected, atol=1e-5) and is_quantized(model)
+    got = OnnxModel(folder/'model.onnx')(x)
+    assert (got-expected).norm()<.2*expected.norm()
+    deployed = rows(folder, 'deployed.csv')
+    assert [r['what'] for r in deployed]==['dense, PyTorch','dense, ONNX Runtime','model.onnx'] and float(deployed[2]['MB'])<.2*float(deployed[0]['MB'])
+    assert 'of the FLOPs are left' in (folder/'report.html').read_text()
+
+def test_a_quantized_start_is_trained_in_floats(tmp_path, quick):
+    first = run(tmp_path/'a', *small, *digits, '--optim-level', '0.2')
+    for file in ('model.pth','learner.pkl'): assert not is_quantized(create_model(str(first/file), 10))
+    second = run(tmp_path/'b', '--use-case', 'ic', '--model', first/'model.pth', '--epochs', '1', *digits, '--optim-level', '0.2')
+    assert [r['model'] for r in rows(second)]==['dense','quantized']
+
+def test_int8_without_onnx_names_the_extra(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(module, 'find_spec', lambda n: None)
+    assert 'pip install fastsparse_create[onnx]' in refused(capsys, *small, *digits)
+    folder = run(tmp_path, *small, *digits, '--optim-level', '0')
+    assert not (folder/'model.onnx').exists() and 'No ONNX file was written' in (folder/'report.html').read_text()
 
 def test_a_recipe_decides_sparsity_and_epochs(tmp_path, quick):
     recipe = tmp_path/'my.yaml'
@@ -157,7 +190,7 @@ def test_a_trained_model_is_a_start(made, images, tmp_path, quick):
     for kind in ('pth','pkl'):
         exp = TrainingAware('ic', str(made/('model.pth' if kind=='pth' else 'learner.pkl')), str(images), working_dir=tmp_path/kind)
         state = load_model(made/'model.pth').state_dict()
-        assert all(torch.equal(v, state[k]) for k,v in exp._network().state_dict().items())
+        assert all(torch.equal(v, state[k]) for k,v in exp._network().state_dict().items()) and not is_quantized(exp._network())
         assert exp.arch==('squeezenet1_1' if kind=='pth' else None)
 
 def test_what_is_incomplete_says_so(tmp_path, monkeypatch):
@@ -191,6 +224,7 @@ def refused(capsys, *args):
     ([*small,'--data','digits','--optim-level','-0.1'], 'from 0 to 1'),
     ([*small,'--data','digits','--optim-level','nan'], 'from 0 to 1'),
     ([*small,'--data','digits','--optim-level','high'], "got 'high'"),
+    ([*small,*digits,'--target','gpu'], "target 'gpu' is not known, accepted: any, onnxruntime"),
     ([*small,'--data','digitz'], "did you mean 'digits'?"),
     ([*small,'--data','/no/such/folder'], '/no/such/folder: no such folder'),
     ([*small,'--data',__file__], 'this is a file'),

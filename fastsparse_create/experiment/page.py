@@ -85,7 +85,7 @@ def html_details(summary:str, # Plain text
 
 def html_code(text:str)->str: return f'<pre>{escape(text)}</pre>'
 
-# %% ../../nbs/43_experiment.page.ipynb #35066abf
+# %% ../../nbs/43_experiment.page.ipynb #e4a73c6d
 def _percent(v): return f'{v:.2%}'
 def _points(a, b): return f'{(b-a)*100:+.2f} points'.replace('-', '−')
 def _time(s): return f'{s:.0f} s' if s<120 else f'{s/60:.1f} min'
@@ -103,8 +103,10 @@ def _lead(exp):
 
 def _cards(exp):
     dense,last = exp.metrics.iloc[0],exp.metrics.iloc[-1]
-    cards = [(_percent(last[exp.metric]), exp.metric.replace('_', ' ')), (_percent(last.sparsity), 'sparsity, counted in model.pth'),
-             (f'{last.nonzeros:,}', f'non-zeros of {last.parameters:,} parameters')]
+    zeros = [(_percent(last.sparsity), 'sparsity, counted in model.pth'), (f'{last.nonzeros:,}', f'non-zeros of {last.parameters:,} parameters')]
+    channels = [(f'{last.flops/dense.flops:.0%}', 'of the FLOPs'), (f'{last.parameters:,}', f'of {dense.parameters:,} parameters')]
+    cards = [(_percent(last[exp.metric]), exp.metric.replace('_', ' ')), *(channels if last.model=='thinned' else zeros)]
+    if exp.deployed is not None: cards.append((f'{exp.deployed.times_as_fast.iloc[-1]:.1f}×', 'as fast as dense PyTorch: model.onnx on one thread'))
     if len(exp.runs)>1: cards.insert(1, (_points(dense[exp.metric], last[exp.metric]), 'against the dense model'))
     return '<div class="cards">'+''.join(f'<div class="card"><b>{escape(v)}</b><span>{escape(t)}</span></div>' for v,t in cards)+'</div>'
 
@@ -131,7 +133,7 @@ def _facts(exp):
            'Date':datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z')}
     return html_table(run.items(), cls='plain facts')
 
-# %% ../../nbs/43_experiment.page.ipynb #8975c483
+# %% ../../nbs/43_experiment.page.ipynb #fad20882
 def _plot_history(exp):
     fig,axs = plt.subplots(1, 2, figsize=(9,3), layout='constrained')
     for ax,column in zip(axs, ['valid_loss', exp.runs[0].history.columns[4]]):
@@ -155,8 +157,10 @@ def _predictions(exp):
 def _training(exp):
     parts = [html_figure(partial(_plot_history, exp), 'After each epoch: loss and metric on the validation data')]
     if len(exp.runs)==1: return parts
-    return [html_figure(exp.recipe.plot, 'The schedule, as the recipe plans it'), *parts,
-            html_figure(exp.runs[-1].recorder.plot_sparsity, 'The sparse training, batch by batch: loss, measured sparsity, learning rate')]
+    parts.insert(0, html_figure(exp.recipe.plot, 'The schedule, as the recipe plans it'))
+    if getattr(exp.runs[-1].recorder, 'sparsities', []):
+        parts.append(html_figure(exp.runs[-1].recorder.plot_sparsity, f'The {exp.runs[-1].name} training, batch by batch: loss, measured sparsity, learning rate'))
+    return parts
 
 def _zeros(exp):
     name = _typical_weight(exp)
@@ -169,7 +173,12 @@ _use_weights = """# a network with zeros, for any PyTorch code; loading runs no 
 from fastsparse_create.experiment.models import load_model
 model = load_model('model.pth')"""
 
-_use_learner = """# with the preparation of images; needs fastai only
+_use_onnx = """# the file that was measured: floats in, 8-bit integers inside where the recipe has quantized; needs onnxruntime only
+import onnxruntime
+session = onnxruntime.InferenceSession('model.onnx')
+outputs, = session.run(None, {session.get_inputs()[0].name: images})  # float32, normalized, of shape (n, 3, height, width)"""
+
+_use_learner = """# with the preparation of images; needs fastai, and fastsparse_create if the recipe has quantized
 # a pickle: load it only if you trust where it comes from
 from fastai.vision.all import load_learner
 label,number,probabilities = load_learner('learner.pkl').predict('image.png')"""
@@ -177,13 +186,13 @@ label,number,probabilities = load_learner('learner.pkl').predict('image.png')"""
 def experiment_page(exp, # A `TrainingAware` that has run
                    )->str: # HTML
     "The report of an experiment"
-    use = ([_use_weights] if exp.arch else []) + [_use_learner]
+    use = [_use_onnx]*(exp.deployed is not None) + [_use_weights]*bool(exp.arch) + [_use_learner]
     return html_page(_title(exp), f'<h1>{escape(_title(exp))}</h1>', f'<p class="lead">{escape(_lead(exp))}</p>',
         *(f'<p class="remark">{escape(r)}</p>' for r in exp.remarks), _cards(exp),
-        html_section('Dense and sparse' if len(exp.runs)>1 else 'The dense model', _comparison(exp)),
+        html_section(f'Dense and {exp.runs[-1].name}' if len(exp.runs)>1 else 'The dense model', _comparison(exp)),
         *([html_section('As a file', *_deployed(exp))] if exp.deployed is not None else []),
         html_section('Training', *_training(exp)),
-        *([html_section('Where the zeros are', *_zeros(exp))] if len(exp.runs)>1 else []),
+        *([html_section('Where the zeros are', *_zeros(exp))] if exp.runs[-1].name=='sparse' else []),
         html_section('Predictions', html_figure(partial(_predictions, exp), 'Validation images: label above, prediction of the '+exp.runs[-1].name+' model below; red where they differ', 'png')),
         html_section('Use the model', html_code('\n\n'.join(use))),
         html_section('What was run', _facts(exp), html_details('The recipe', html_code(exp.recipe_text))))

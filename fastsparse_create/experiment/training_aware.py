@@ -6,7 +6,7 @@
 __all__ = ['targets', 'parse_optim_level', 'level_sparsity', 'removed_flops', 'pruners', 'promised_sparsity', 'check_promise',
            'Run', 'TrainingAware', 'training_aware']
 
-# %% ../../nbs/42_experiment.training_aware.ipynb #be8947b8
+# %% ../../nbs/42_experiment.training_aware.ipynb #93483254
 import itertools,tempfile,time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,7 +29,9 @@ from ..quantization.convert import *
 from ..recipe.compile import *
 from ..recipe.generate import *
 from ..report import *
+from ..channels import *
 from ..selection import *
+from ..thinning import *
 
 # %% ../../nbs/42_experiment.training_aware.ipynb #04a03519
 def parse_optim_level(level)->float: # In [0,1]
@@ -83,7 +85,7 @@ def check_promise(promised:dict, # Name -> sparsity
         raise RuntimeError(f"the recipe promises a sparsity of {expected:.2%}, the saved weights have {measured:.2%}")
     return measured
 
-# %% ../../nbs/42_experiment.training_aware.ipynb #f4a5a970
+# %% ../../nbs/42_experiment.training_aware.ipynb #01984bd8
 @dataclass
 class Run:
     "A training that is over"
@@ -126,6 +128,7 @@ class TrainingAware:
         self.can_export = not _missing()
         if self.has(QuantizationModifier) and not self.can_export: raise ValueError(f"INT8 files need {' and '.join(_missing())}: pip install fastsparse_create[onnx], or use optim_level 0")
         with no_random(seed): model = self._network()
+        if self.has(StructuredPruningModifier): self._check_channels(model)
         self.promised = promised_sparsity(self.recipe, model)
         self.counted = list(self.promised or prunable(model))
         self.arch = arch_name(self.model, self.options.arch)
@@ -145,6 +148,10 @@ class TrainingAware:
         given = ["The recipe was given, so that the optim level and the target had no say."] if self.is_given else []
         if self.is_given and not pruners(self.recipe): given.append("It prunes nothing.")
         return given if self.can_export else [*given, f"No ONNX file was written: that needs {' and '.join(_missing())}, pip install fastsparse_create[onnx]."]
+
+    def _check_channels(self, model):
+        with no_random(self.seed): graph = ChannelGraph(model, self._example(self.case.dls(self.data, self.options))[:2])
+        if not graph.removable: raise ValueError(f"no channels of {self.model} can be removed{why_none(graph)}")
 
     def _find_metric(self, name):
         metrics = self.case.metrics
@@ -209,12 +216,12 @@ class TrainingAware:
         loss,*values = _validate(run.learn)
         sizes = [p.numel() for p in run.learn.model.parameters()]
         zeros = _zeros(state, [n for n,_ in run.learn.model.named_parameters()])
-        flops = sparsity_report(run.learn.model, self._example(run.learn)[:1]).model.flops
+        flops = sparsity_report(run.learn.model, self._example(run.learn.dls)[:1]).model.flops
         return {'model':run.name, **dict(zip(self.metric_names, values)), 'loss':loss, 'flops':flops,
                 'sparsity':_zeros(state, self.counted)/max(1, sum(state[n].numel() for n in self.counted)),
                 'parameters':sum(sizes), 'nonzeros':sum(sizes)-zeros, 'epochs':self.epochs, 'seconds':round(run.seconds, 1)}
 
-    def _example(self, learn): return learn.dls.valid.one_batch()[0].as_subclass(Tensor)
+    def _example(self, dls): return dls.valid.one_batch()[0].as_subclass(Tensor)
 
     def _deploy(self, out):
         "Write `model.onnx`, and measure the file itself: its metric, its size, and its time beside the dense model's"
@@ -222,7 +229,7 @@ class TrainingAware:
             dense,files = self.runs[0].learn,{'dense, ONNX Runtime':Path(tmp)/'dense.onnx', 'model.onnx':out/'model.onnx'}
             for learn,file in zip((dense,self.learn), files.values()): export_onnx(learn, file, int8=is_quantized(learn.model), tol=.5)  # its metric says how good it is
             values = {'dense, PyTorch':_validate(dense), **{n:_validate(self._learner(dense.dls, OnnxModel(f))) for n,f in files.items()}}
-            times = {r.model:r for r in benchmark({'dense, PyTorch':dense.model, **files}, self._example(dense)[:1]).rows}
+            times = {r.model:r for r in benchmark({'dense, PyTorch':dense.model, **files}, self._example(dense.dls)[:1]).rows}
             size = {'dense, PyTorch':sum(t.nbytes for t in dense.model.state_dict().values()), **{n:f.stat().st_size for n,f in files.items()}}
             return pd.DataFrame([{'what':n, **dict(zip(self.metric_names, values[n][1:])), 'ms':times[n].cpu_ms, 'times_as_fast':round(1/times[n].cpu_ratio, 2), 'MB':round(size[n]/1e6, 3)} for n in values])
 

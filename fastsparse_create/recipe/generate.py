@@ -9,7 +9,7 @@ __all__ = ['generate_recipe']
 from .expression import RecipeError
 from .compile import *
 
-# %% ../../nbs/23_recipe.generate.ipynb #20765975
+# %% ../../nbs/23_recipe.generate.ipynb #83f8537b
 _head = '''# Trains for {num_epochs} epochs{result}.
 version: 1.1.0
 
@@ -52,9 +52,9 @@ pruning_modifiers:
 '''
 
 _channels = '''      budget: flops
+      round_to: 8
   - !LayerThinningModifier
       update_epochs: [eval(pruning_end)]
-      round_to: 8
 '''
 
 _int8 = '''
