@@ -428,7 +428,7 @@ def test_a_learner_without_data_needs_an_example(tmp_path):
 
 @pytest.mark.parametrize('args,error,message', [
     (dict(example=None), ValueError, 'give an example'), (dict(example=3), TypeError, 'expected a tensor'), (dict(example=()), ValueError, 'is empty'), (dict(example=torch.tensor(1.)), TypeError, 'batch dimension'),
-    (dict(example=torch.randn(2,5)), ValueError, "can't be run on the example"), (dict(example=(torch.ones(2,4), torch.ones(3,4))), ValueError, 'differ in size'), (dict(opset=12), ValueError, 'too old'),
+    (dict(example=torch.randn(2,5)), ValueError, "can't be run on the example"), (dict(example=(torch.ones(2,4), torch.ones(3,4))), ValueError, 'differ in size'), (dict(opset=12), ValueError, 'too old'), (dict(opset=99), ValueError, 'opset: 99 is not known'),
     (dict(int8=True), ValueError, 'quantize_ it first'), (dict(normalize=True), ValueError, 'no Normalize'), (dict(normalize=.5), ValueError, 'expected True or'), (dict(samples={'a':torch.ones(2,4)}), ValueError, 'samples: expected input'),
 ])
 def test_errors(tmp_path, args, error, message):

@@ -293,7 +293,7 @@ def _differences(expected, got):
     same,ahead = choices
     return {'max_abs':max_abs, 'rel_rms':rel_rms, 'agreement':same.double().mean().item(), 'margin':ahead[~same].max().item() if (~same).any() else 0.}
 
-# %% ../../nbs/60b_export.onnx.ipynb #6ef4a920
+# %% ../../nbs/60b_export.onnx.ipynb #83832ac8
 @contextmanager
 def _quietly():
     "Nothing of what the exporter says can be helped by its user"
@@ -319,6 +319,7 @@ def _to_proto(module, inputs, output_names, opset, translations):
                                 custom_translation_table=translations)
     values = program.model.graph.initializers
     for name in [n for n in values if n.startswith('model.')]: values[name].name = name.removeprefix('model.')
+    if program.model.opset_imports['']<opset: raise ValueError(f"opset: {opset} is not known to PyTorch's exporter")
     return program.model_proto if opset>=18 else _to_opset(program.model_proto, opset)
 
 def _check_size(model):
