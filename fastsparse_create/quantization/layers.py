@@ -113,7 +113,7 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
         rows = in_float(nn.Embedding.forward(self, x))
         return quantize_weight(rows.flatten(0, -2), self.scheme.weights).view_as(rows) if self.scheme.weights else rows
 
-# %% ../../nbs/09b_quantization.layers.ipynb #23e67784
+# %% ../../nbs/09b_quantization.layers.ipynb #0b94eacb
 class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     "`nn.MultiheadAttention` with fake quantization of its projections"
     def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
@@ -132,7 +132,7 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
     def _project(self, query, key, value):
         "Queries, keys and values; what is one tensor is quantized once"
         rows = 0,0 if key is query else 1,0 if value is query else 1 if value is key else 2
-        inputs = {r:self._input(x, r) for r,x in zip(rows, (query,key,value))}
+        inputs = {r:self._input(x, r) for r,x in dict(zip(rows, (query,key,value))).items()}
         return [self._projected(i, inputs[r]) for i,r in enumerate(rows)]
 
     def _projected(self, i, x):

@@ -9,7 +9,7 @@ __all__ = ['generate_recipe']
 from .expression import RecipeError
 from .compile import *
 
-# %% ../../nbs/23_recipe.generate.ipynb #83f8537b
+# %% ../../nbs/23_recipe.generate.ipynb #454bf8d2
 _head = '''# Trains for {num_epochs} epochs{result}.
 version: 1.1.0
 
@@ -71,6 +71,7 @@ def generate_recipe(sparsity:float, # Final share of zeros, in (0,1); None: no p
                     mask_type='unstructured', # Pattern: `unstructured`, `block4`, `[a, b]`, `filter`, `channel`
                     global_sparsity:bool=False, # Does one threshold serve all layers?
                     int8:bool=False, # Train for 8-bit integers at the end?
+                    float_layers=(), # Layers that stay in floats nevertheless
                     channels:bool=False, # Remove whole channels? `sparsity` is then the share of the FLOPs that go
                    )->str: # YAML, which `Recipe.from_string` compiles
     "A commented recipe: dense warm-up, gradual pruning, recovery, quantization"
@@ -87,5 +88,5 @@ def generate_recipe(sparsity:float, # Final share of zeros, in (0,1); None: no p
     modifier = 'StructuredPruningModifier' if channels else 'GlobalMagnitudePruningModifier' if global_sparsity else 'MagnitudePruningModifier'
     if sparsity: parts.append(_pruning.format(modifier=modifier, params=params, mask_type='filter' if channels else mask_type))
     if channels and sparsity: parts.append(_channels)
-    if int8: parts.append(_int8)
+    if int8: parts.append(_int8+(f'      ignore: {list(float_layers)}\n' if float_layers else ''))
     return ''.join(parts)

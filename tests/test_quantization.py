@@ -1,0 +1,392 @@
+"Quantization-aware training: what stays as it was, what is rounded, and what other callbacks, loops and libraries see of it."
+import copy,os,pickle,subprocess,sys,warnings
+import pytest,torch,torch.nn.functional as F
+from fastai.basics import Adam,Callback,CancelFitException,DataLoaders,Learner,OptimWrapper,Path,SGD,accuracy,load_learner,noop,np,params,partial,random,ranger,set_seed
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.training import GradientAccumulation,GradientClip
+from fastai.callback.tracker import SaveModelCallback
+from fastai.vision.all import ImageDataLoaders,xresnet18
+from torch import nn
+from torchvision.models import resnet18
+from fastsparse_create.callback.pruning import *
+from fastsparse_create.callback.quantization import *
+from fastsparse_create.create.manager import *
+from fastsparse_create.export.onnx import *
+from fastsparse_create.masking import *
+from fastsparse_create.quantization.convert import *
+from fastsparse_create.quantization.core import *
+from fastsparse_create.quantization.deploy import *
+from fastsparse_create.quantization.layers import *
+from fastsparse_create.sparsify import *
+
+def digits(bs=32, n=256):
+    from sklearn.datasets import load_digits
+    d = load_digits()
+    x,y = torch.tensor(d.images, dtype=torch.float32)[:,None]/16,torch.tensor(d.target)
+    return DataLoaders.from_dsets(list(zip(x[:n], y[:n])), list(zip(x[n:], y[n:])), bs=bs, num_workers=0)
+
+class Block(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.conv1,self.bn1,self.relu,self.conv2,self.bn2 = nn.Conv2d(n,n,3,padding=1,bias=False),nn.BatchNorm2d(n),nn.ReLU(inplace=True),nn.Conv2d(n,n,3,padding=1,bias=False),nn.BatchNorm2d(n)
+    def forward(self, x):
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += x
+        return self.relu(out)
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1,16,3,padding=1), nn.BatchNorm2d(16), nn.ReLU(), Block(16), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(256,10))
+
+def learner(model=None, opt_func=Adam, cbs=(), n=256, **kwargs):
+    set_seed(0)
+    learn = Learner(digits(n=n), model or net(), loss_func=nn.CrossEntropyLoss(), opt_func=opt_func, metrics=accuracy, cbs=cbs, lr=3e-3, **kwargs)
+    learn.remove_cbs([ProgressCallback])
+    learn.logger = noop
+    return learn
+
+x = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+class At(Callback):
+    "Calls `f(learn)` at each batch of training"
+    order = -50
+    def __init__(self, f): self.f = f
+    def after_step(self): self.f(self.learn)
+
+# what stays as it was
+
+@pytest.mark.parametrize('opt_func', [partial(SGD, mom=.9), Adam, partial(OptimWrapper, opt=torch.optim.AdamW), ranger])
+@pytest.mark.parametrize('start', [0., .5, 1.5])
+def test_identity_of_everything_at_the_switch(opt_func, start):
+    learn,seen = learner(opt_func=opt_func, splitter=lambda m: [params(m[:4]), params(m[4:])]),[]
+    learn.create_opt()
+    model,ps,names = learn.model,list(learn.model.parameters()),[n for n,_ in learn.model.named_parameters()]
+    groups = [[id(p) for p in pg] for pg in learn.opt.param_lists]
+    hook = model[0].register_forward_hook(lambda m,i,o: seen.append(type(m).__name__))
+    modules = list(model.modules())
+    learn.fit(2, slice(1e-3, 3e-3), cbs=QuantizationModifier(start))
+    assert learn.model is model and all(a is b for a,b in zip(model.modules(), modules)) and is_quantized(model)
+    assert all(a is b for a,b in zip(model.parameters(), ps)) and [n for n,_ in model.named_parameters()]==names
+    assert [[id(p) for p in pg] for pg in learn.opt.param_lists]==groups
+    assert set(seen)=={'Conv2d','QuantConv2d'}
+    assert hook.id in model[0]._forward_hooks
+
+def test_momentum_goes_on():
+    learn,seen = learner(opt_func=partial(SGD, mom=.9)),{}
+    def watch(learn):
+        key = 'after' if is_quantized(learn.model) else 'before'
+        if key=='before' or key not in seen: seen[key] = {id(p):learn.opt.state[p]['grad_avg'].clone() for p in learn.model.parameters()}
+    learn.fit(2, cbs=[QuantizationModifier(1.), At(watch)])
+    for p,(a,b) in zip(learn.model.parameters(), zip(seen['before'].values(), seen['after'].values())):
+        assert (b-.9*a).norm()<=b.norm()+a.norm() and not b.equal(a) and b.ne(0).any()
+
+@pytest.mark.parametrize('start', [0., 1.])
+def test_masks_stay_exact(start):
+    learn = learner()
+    sparsify_model(learn, .8)
+    masks = {p.name:p.mask.clone() for p in masked_params(learn.model)}
+    def check(learn):
+        for p in masked_params(learn.model):
+            assert p.param[~masks[p.name]].eq(0).all() and p.mask.equal(masks[p.name])
+            m = learn.model.get_submodule(p.name.rsplit('.', 1)[0])
+            if isinstance(m, QuantizedLayer): assert m._weight()[~masks[p.name]].eq(0).all()
+    learn.fit(2, cbs=[QuantizationModifier(start), At(check)])
+    deployed = deploy_copy(learn.model, x)
+    for name,mask in masks.items():
+        codes = deployed.get_submodule(name.rsplit('.', 1)[0]).codes
+        assert (codes.t() if codes.ndim==2 else codes)[~mask].eq(0).all()
+
+def test_pruning_goes_on_in_quantized_layers():
+    learn = learner()
+    learn.fit(3, cbs=[QuantizationModifier(1.), GMPruningModifier(0., .9, 0, 3, .5)])
+    assert measured_sparsity(learn.model)==pytest.approx(.9, abs=2e-3)
+
+@pytest.mark.parametrize('start,off,frozen', [(1,2,3), (0,0,0), (.5,1.5,1.5)])
+def test_schedule(start, off, frozen):
+    learn,log = learner(),[]
+    def watch(learn):
+        q = is_quantized(learn.model)
+        log.append((q, q and learn.model[0].observes=='never', not learn.model[1].training))
+    learn.fit(4, cbs=[QuantizationModifier(float(start), disable_quantization_observer_epoch=float(off), freeze_bn_stats_epoch=float(frozen)), At(watch)])
+    n = len(learn.dls.train)
+    assert [[l[i] for l in log].index(True) for i in range(3)]==[int(e*n) for e in (start,off,frozen)]
+    assert all(l==tuple(i>=int(e*n) for e in (start,off,frozen)) for i,l in enumerate(log))
+
+# files
+
+def test_saved_loaded_copied_exported(tmp_path):
+    learn = learner()
+    sparsify_model(learn, .5)
+    learn.fit(1, cbs=QuantizationModifier(0.))
+    model = learn.model.eval()
+    expected = model(x).detach()
+    assert copy.deepcopy(model)(x).equal(expected) and pickle.loads(pickle.dumps(model))(x).equal(expected)
+    torch.save(model, tmp_path/'m.pt')
+    assert torch.load(tmp_path/'m.pt', weights_only=False)(x).equal(expected)
+    learn.path = tmp_path
+    learn.save('qat')
+    fresh = learner()
+    fresh.path = tmp_path
+    quantized_from_file(fresh, tmp_path/'models/qat.pth')
+    fresh.load('qat')
+    assert fresh.model.eval()(x).equal(expected) and fresh.opt.state_dict()['state'][0]['grad_avg'].equal(learn.opt.state_dict()['state'][0]['grad_avg'])
+    fresh.fit(1, cbs=QuantizationModifier(0.))
+    assert all(p.param[~p.mask].eq(0).all() for p in masked_params(fresh.model))
+
+def test_an_exported_learner_predicts_the_same(tmp_path):
+    from PIL import Image
+    for i in range(12):
+        (tmp_path/'ab'[i%2]).mkdir(exist_ok=True)
+        Image.effect_noise((16,16), 40+20*(i%2)).save(tmp_path/'ab'[i%2]/f'{i}.png')
+    dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=.4, bs=4, num_workers=0, seed=0)
+    learn = Learner(dls, nn.Sequential(nn.Conv2d(3,8,3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,2)), loss_func=nn.CrossEntropyLoss())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=QuantizationModifier(0.))
+    learn.export('l.pkl')
+    loaded = load_learner(tmp_path/'l.pkl')
+    image = tmp_path/'a'/'0.png'
+    with learn.no_bar(), loaded.no_bar(): assert loaded.predict(image)[2].equal(learn.predict(image)[2]) and is_quantized(loaded.model)
+
+def test_the_best_epoch_may_lie_before_the_switch(tmp_path):
+    learn = learner(path=tmp_path)
+    class Worse(Callback):
+        order = 60
+        def after_validate(self): self.learn.recorder.log[2] = 1.-.1*self.epoch
+    learn.fit(2, cbs=[QuantizationModifier(1.), SaveModelCallback(monitor='accuracy')])
+    assert is_quantized(learn.model) and learn.model[0].input_range[0,2]>0
+    learn.load('model')
+
+def test_resumed_equals_uninterrupted(tmp_path):
+    def mods(): return [QuantizationModifier(.5, disable_quantization_observer_epoch=1.5, freeze_bn_stats_epoch=1.5)]
+    class Order(Callback):
+        def before_epoch(self): self.dls.train.rng = random.Random(self.epoch)
+    whole = learner(opt_func=partial(SGD, mom=.9), path=tmp_path)
+    whole.fit(2, cbs=[*mods(), Order()])
+    first = learner(opt_func=partial(SGD, mom=.9), path=tmp_path)
+    class Stop(Callback):
+        order = 100
+        def after_epoch(self):
+            self.learn.save('half')
+            raise CancelFitException()
+    first.fit(2, cbs=[*mods(), Order(), Stop()])
+    second = learner(opt_func=partial(SGD, mom=.9), path=tmp_path)
+    quantized_from_file(second, tmp_path/'models/half.pth')
+    second.load('half')
+    second.fit(2, start_epoch=1, cbs=[*mods(), Order()])
+    for (n,a),b in zip(whole.model.state_dict().items(), second.model.state_dict().values()): assert a.equal(b), n
+    assert second.model[0].observes=='never'
+
+# other callbacks, loops and libraries
+
+class CPUMixedPrecision(MixedPrecision):
+    "bfloat16 on the CPU"
+    def before_fit(self):
+        super().before_fit()
+        self.autocast,self.learn.scaler = torch.autocast('cpu', dtype=torch.bfloat16),torch.amp.GradScaler('cpu', enabled=False)
+
+def test_mixed_precision_is_switched_off_and_stays_off(caplog):
+    learn,seen = learner(cbs=CPUMixedPrecision('bf16')),[]
+    learn.model[6].register_forward_hook(lambda m,i,o: seen.append((learn.training, torch.is_autocast_enabled('cpu'))))
+    caplog.set_level('INFO', 'fastsparse_create')
+    learn.fit(2, cbs=(qat := QuantizationModifier(1.5)))
+    n = len(learn.dls.train)
+    train = [on for training,on in seen if training]
+    assert train[:n+n//2]==[True]*(n+n//2) and not any(train[n+n//2+1:]) and len(train)>=2*n
+    assert sum('mixed precision is switched off' in r.message for r in caplog.records)==1
+    assert not torch.is_autocast_enabled('cpu')
+    seen.clear()
+    learn.fit(1, cbs=qat)
+    assert seen and not any(on for _,on in seen)
+
+def test_gradient_accumulation_and_clipping():
+    learn = learner()
+    learn.fit(1, cbs=[QuantizationModifier(.5), GradientAccumulation(64), GradientClip(.1)])
+    assert is_quantized(learn.model) and np.isfinite(learn.recorder.losses[-1])
+
+def test_freeze_and_unfreeze():
+    learn = learner(splitter=lambda m: [params(m[:4]), params(m[4:])])
+    learn.fit(1, cbs=QuantizationModifier(0.))
+    learn.freeze()
+    assert not learn.model[0].weight.requires_grad and learn.model[6].weight.requires_grad
+    learn.fit(1)
+    learn.unfreeze()
+    before = learn.model[0].weight.clone()
+    learn.fit(1)
+    assert not learn.model[0].weight.equal(before) and is_quantized(learn.model)
+
+def test_lr_find_and_predictions_change_nothing(tmp_path):
+    learn = learner(path=tmp_path, cbs=QuantizationModifier(0.))
+    learn.lr_find(show_plot=False, num_it=5)
+    assert not is_quantized(learn.model)
+    learn.get_preds()
+    assert not is_quantized(learn.model)
+    learn.fit(1)
+    ranges = learn.model[0].input_range.clone()
+    learn.get_preds(), learn.validate()
+    assert learn.model[0].input_range.equal(ranges)
+
+def test_a_plain_loop_gives_the_same_model():
+    data = [(torch.randn(16,1,8,8, generator=(g := torch.Generator().manual_seed(i))), torch.randint(0,10,(16,), generator=g)) for i in range(6)]
+    learn = Learner(DataLoaders(data, data), net(), loss_func=F.cross_entropy, opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=.05)
+    learn.remove_cbs([ProgressCallback]), setattr(learn, 'logger', noop)
+    learn.fit(2, wd=0., cbs=QuantizationModifier(.5))
+    model = net()
+    opt = torch.optim.SGD(model.parameters(), .05)
+    manager = LoopManager(model, opt, len(data), 2, [QuantizationModifier(.5)])
+    for _ in range(2):
+        model.train()
+        for xb,yb in data:
+            F.cross_entropy(model(xb), yb).backward()
+            opt.step()
+            opt.zero_grad()
+    manager.finalize()
+    for (n,a),b in zip(learn.model.state_dict().items(), model.state_dict().values()): assert torch.allclose(a, b, atol=1e-6), n
+
+def test_compiled():
+    model = net().eval()
+    quantize_(model, x)
+    expected = model(x).detach()
+    got = torch.compile(model, backend='aot_eager')(x).detach()
+    assert (got-expected).norm()<=.02*expected.norm()
+
+def test_switch_in_a_compiled_model():
+    model = net()
+    compiled = torch.compile(model, backend='eager')
+    before = compiled.eval()(x).detach()
+    quantize_(compiled, x)
+    after = compiled(x).detach()
+    assert after.equal(model(x)) and not after.equal(before)
+
+_ranks = '''
+import sys,torch,torch.distributed as dist
+from torch import nn
+sys.path.insert(0, {tests!r})
+from test_quantization import *
+rank = int(sys.argv[1])
+dist.init_process_group('gloo', init_method={init!r}, rank=rank, world_size=2)
+model = net()
+ddp = nn.parallel.DistributedDataParallel(model)
+opt = torch.optim.SGD(model.parameters(), .05)
+manager = LoopManager(ddp, opt, 4, 2, [QuantizationModifier(.5)])
+for e in range(2):
+    ddp.train()
+    for i in range(4):
+        g = torch.Generator().manual_seed(10*i+rank)
+        F.cross_entropy(ddp(torch.randn(8,1,8,8, generator=g)), torch.randint(0,10,(8,), generator=g)).backward()
+        opt.step()
+        opt.zero_grad()
+manager.finalize()
+assert is_quantized(model)
+for t in [*model.parameters(), *(b for m in quantized_modules(model).values() for n,b in m.named_buffers(recurse=False) if n.endswith('_range'))]:
+    other = t.detach().clone()
+    dist.broadcast(other, 0)
+    assert torch.allclose(other, t, atol=1e-6)
+dist.destroy_process_group()
+'''
+
+def test_ranks_agree(tmp_path):
+    code = _ranks.format(tests=str(Path(__file__).parent), init=f"file://{tmp_path/'init'}")
+    ranks = [subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(r)], stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS':'1'}) for r in range(2)]
+    errors = [r.communicate(timeout=300)[1] for r in ranks]
+    assert all(r.returncode==0 for r in ranks), errors
+
+def test_nothing_warns(tmp_path):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter('always')
+        model = net().train()
+        quantize_(model, x)
+        model(x).sum().backward()
+        deploy_copy(model.eval(), x)
+        export_onnx(model, tmp_path/'m.onnx', x, int8=True, tol=1.)
+    assert not [w for w in seen if 'fastsparse' in str(w.filename) or issubclass(w.category, (DeprecationWarning,FutureWarning)) and 'quant' in str(w.message)]
+
+# kinds of models
+
+def test_every_activation_is_rounded_in_evaluation():
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    for p in encoder.parameters(): p.requires_grad_(False)
+    xb,padding = torch.randn(3,5,16),torch.tensor([[False]*5, [False]*4+[True], [False]*5])
+    quantize_(encoder, xb)
+    observe(encoder, 'always')
+    n = {k:m.input_range[0,2].item() for k,m in quantized_modules(encoder).items()}
+    with torch.no_grad(): encoder(xb), encoder(xb, src_key_padding_mask=padding)
+    assert len(n)==8 and all(m.input_range[0,2]==n[k]+2 for k,m in quantized_modules(encoder).items())
+
+def test_hugging_face():
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)).eval()
+    batch = dict(input_ids=torch.randint(0,50,(4,9)), attention_mask=torch.ones(4,9).long())
+    before = model(**batch).logits
+    report = quantize_(model, batch)
+    assert not [r for r in report.rows if r.why_not] and (model(**batch).logits-before).norm()<.1*before.norm()
+    model.train()(**batch, labels=torch.tensor([0,1,0,1])).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+def test_a_last_norm_of_zero_stays_finite():
+    learn,qat = learner(xresnet18(n_out=10, c_in=1), n=64),QuantizationModifier(0.)
+    learn.fit(1, cbs=qat)
+    assert np.isfinite(np.array(learn.recorder.losses)).all() and not [r for r in qat.report.rows if r.why_not]
+
+def test_awd_lstm_says_what_it_leaves():
+    from fastai.text.all import AWD_LSTM,get_text_classifier
+    model = get_text_classifier(AWD_LSTM, 40, 2)
+    why = {r.layer:r.why_not for r in quantize_(model, torch.randint(2,40,(3,12))).rows}
+    assert 'LSTM is not supported' in why.values() and "the example doesn't call it" in why.values()
+    assert [n for n,w in why.items() if not w]==['1.layers.0.2','1.layers.1.2']
+
+def test_unet():
+    from fastai.vision.all import create_unet_model
+    from torchvision.models import resnet18 as body
+    model = create_unet_model(body, 3, (32,32), pretrained=False, self_attention=True).eval()
+    xb = torch.randn(2,3,32,32)
+    report = quantize_(model, xb)
+    assert {r.why_not for r in report.rows}=={'', 'its weight is computed anew in each step, as by weight or spectral norm'}
+    deploy_copy(model, xb)(xb)
+
+# agreement with the runtime
+
+def test_a_trained_model_in_onnxruntime(tmp_path):
+    learn = learner(n=600)
+    sparsify_model(learn, .7)
+    learn.fit_one_cycle(5, cbs=QuantizationModifier(3., disable_quantization_observer_epoch=4., freeze_bn_stats_epoch=4.))
+    xs,ys = (torch.stack(o) for o in zip(*[(xb,torch.tensor(yb)) for xb,yb in learn.dls.valid.dataset]))
+    exported = export_onnx(learn.model, tmp_path/'m.onnx', xs[:8], int8=True, samples=xs)
+    assert len(xs)>1000 and exported.agreement>=.995 and exported.rel_rms<=.03
+    with torch.no_grad(): logits = learn.model.eval()(xs)
+    got = OnnxModel(tmp_path/'m.onnx')(xs)
+    differs = got.argmax(1)!=logits.argmax(1)
+    top = logits.topk(2, 1).values
+    assert ((top[:,0]-top[:,1])[differs]<.1*logits.std()).all()
+    assert abs((got.argmax(1)==ys).float().mean()-(logits.argmax(1)==ys).float().mean())<=.005
+    assert onnx_ops(tmp_path/'m.onnx', optimized=True)['QLinearConv']==3
+
+@pytest.mark.parametrize('scheme', ['default','tensorrt','reduce_range',{'weights':{'num_bits':4}},{'weights':{'strategy':'tensor'}},{'input_activations':{'num_bits':6}}])
+def test_schemes_in_onnxruntime(scheme, tmp_path):
+    model = net()
+    with torch.no_grad():
+        for _ in range(3): model.train()(x)
+    model.eval()
+    quantize_(model, x, scheme)
+    assert export_onnx(model, tmp_path/'m.onnx', x, int8=True).rel_rms<=.06
+
+# bit by bit
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_rounded_weights_are_multiples_of_their_scale(dtype):
+    g = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        w = torch.randn(8, 30, generator=g, dtype=dtype)*10**torch.randint(-6,3,(8,1), generator=g).to(dtype)
+        args = QuantizationArgs(8, True, 'channel')
+        q,s = quantize_weight(w, args),weight_scale(w, args)
+        assert (q-w).abs().le(s*.500001).all() and (q/s).round().abs().max()==127
+
+def test_broken_batches_do_not_spoil_ranges():
+    model = net().train()
+    quantize_(model, x)
+    before = {n:b.clone() for n,b in model.named_buffers() if n.endswith('_range')}
+    model(torch.full_like(x, torch.nan)), model(torch.full_like(x, torch.inf))
+    for n,b in model.named_buffers():
+        if n.endswith('_range'): assert b.isfinite().all()
+    assert model[0].input_range.equal(before['0.input_range'])
