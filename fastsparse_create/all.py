@@ -16,6 +16,8 @@ from .callback.learning_rate import *
 from .callback.training import *
 from .callback.dynamic import *
 from .callback.dynamic_pruning import *
+from .callback.quantization import *
+from .callback.structured import *
 from .sparsify import *
 from .sparse.linear import *
 from .asp import *
@@ -27,6 +29,13 @@ from .report import *
 from .flops import *
 from .plots import *
 from .mask_plots import *
+from .channels import *
+from .thinning import *
+from .quantization.core import *
+from .quantization.convert import *
 from .export.semi_structured import *
+from .export.checkpoint import *
+from .export.onnx import *
 from .sparse.inference import *
 from .compact import *
+from .benchmark import *
