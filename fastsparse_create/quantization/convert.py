@@ -58,7 +58,7 @@ def _how(args, n=1):
     how = f"{'int' if args.symmetric else 'uint'}{args.num_bits-args.reduce_range}{' by channel' if args.strategy=='channel' else ''}"
     return how if n==1 else f'{n} x {how}'
 
-# %% ../../nbs/09d_quantization.convert.ipynb #ae2e6a96
+# %% ../../nbs/09d_quantization.convert.ipynb #4fb26e94
 def quantized_modules(model:nn.Module)->dict: # Name -> module with weights or activations that are rounded
     "What `quantize_` has changed"
     return {n:m for n,m in unwrap_model(model).named_modules() if 'quantization' in m._buffers}
@@ -81,7 +81,8 @@ def calibrate_(model, # Quantized model or `Learner`
     "Observe the ranges of activations on some batches, in evaluation"
     if batches is None:
         if not hasattr(model, 'dls'): raise ValueError("calibrate_: give batches, or a Learner")
-        batches = (tuple(b[:model.dls.n_inp]) for b in model.dls.train)
+        dls = model.dls
+        batches = (tuple(b[:dls.n_inp]) for b in dls.train)
     model = unwrap_model(getattr(model, 'model', model))
     was = {m:m.observes for m in quantized_modules(model).values()}
     if not was: raise ValueError("calibrate_: the model is not quantized, quantize_ it first")
