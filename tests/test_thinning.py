@@ -553,3 +553,25 @@ def test_layers_that_are_needed_are_refused():
     with pytest.raises(Exception, match="without '0'"): learn.fit(1, cbs=LayerPruningModifier('0'))
     with pytest.raises(Exception, match='no layer'): learn.fit(1, cbs=LayerPruningModifier('none'))
     assert isinstance(learn.model[0], nn.Linear)
+
+@pytest.mark.parametrize('padded', [False,True])
+def test_text_models_with_padding(padded):
+    transformers = pytest.importorskip('transformers')
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)).eval()
+    mask = torch.ones(2,6).long()
+    mask[1,4:] = 0 if padded else 1
+    batch = dict(input_ids=torch.randint(3,50,(2,6)), attention_mask=mask)
+    prune_channels_(model, batch, amount=.5)
+    assert model.bert.encoder.layer[0].intermediate.dense.out_features<48 and model(**batch).logits.shape==(2,2)
+
+class ReadsActivations(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb,self.head = nn.Embedding(9, 8),nn.Linear(8, 2)
+    def forward(self, x):
+        h = self.emb(x)
+        return self.head(h if h.sum().item()>0 else -h)
+
+def test_activations_that_python_reads_are_refused():
+    with pytest.raises(ValueError, match='Python reads activations'): prune_channels_(ReadsActivations(), torch.randint(9,(2,4)), amount=.5)

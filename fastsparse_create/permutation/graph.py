@@ -24,13 +24,13 @@ from .axes import *
 from .rules import *
 from ..selection import *
 
-# %% ../../nbs/08_permutation.graph.ipynb #3dcda9c9
+# %% ../../nbs/08_permutation.graph.ipynb #fbfa260b
 class _Tracer(TorchDispatchMode):
     "Follows the axes of all tensors while a model runs"
     def __init__(self, model):
         super().__init__()
         self.known,self.touched,self.path,self.refused,self.eps = WeakTensorKeyDictionary(),set(),[''],None,0.
-        for x in [*model.parameters(), *model.buffers()]: self.know(x, None)
+        for x in [*model.parameters(), *model.buffers()]: self.know(x, None, 'parameter')
         for m in model.modules():
             if isinstance(m, nn.modules.conv._ConvNd):
                 for w in m._parameters.values():
@@ -39,7 +39,7 @@ class _Tracer(TorchDispatchMode):
     @contextmanager
     def following(self, model, inputs):
         "Follow a run of `model` on `inputs`"
-        for x in tensors_in(inputs): self.know(x, 'an input of the model', True)
+        for x in tensors_in(inputs): self.know(x, 'an input of the model', 'activation' if x.is_floating_point() else 'index')
         handles = [h for name,m in model.named_modules() for h in (
             m.register_forward_pre_hook(lambda *_, name=name: self.path.append(name)),
             m.register_forward_hook(self._left, always_call=True))]
@@ -68,8 +68,12 @@ class _Tracer(TorchDispatchMode):
         if [length(axis) for axis in axes]!=list(x.shape): self.know(x, 'a constant')
         return self.known[x][0]
 
-    def know(self, x, frozen, is_data=False): self.known[x] = [new_axis(n, frozen) for n in x.shape],is_data
-    def is_data(self, *tensors): return any(x in self.known and self.known[x][1] for x in tensors)
+    def know(self, x, frozen, kind=''): self.known[x] = [new_axis(n, frozen) for n in x.shape],kind
+    def kind(self, *tensors):
+        "`activation`, `parameter`, or `index`: inputs of integers, as token ids and padding masks, before they meet a parameter"
+        kinds = {self.known[x][1] for x in tensors if x in self.known}
+        if {'index','parameter'}<=kinds: return 'activation'
+        return next((k for k in ('activation','index','parameter') if k in kinds), '')
 
     def freeze(self, x, reason):
         for axis in self.axes(x): freeze(axis, reason)
@@ -77,7 +81,7 @@ class _Tracer(TorchDispatchMode):
     def leave(self, x):
         "The values of `x` become known to Python"
         self.freeze(x, self.where)
-        if self.is_data(x): self.refused = f"Python reads activations ({self.where}), so another batch may take another path"
+        if self.kind(x)=='activation': self.refused = f"Python reads activations ({self.where}), so another batch may take another path"
 
     @property
     def where(self): return f"{self.op} in {self.path[-1]}" if self.path[-1] else self.op
@@ -99,7 +103,7 @@ class _Tracer(TorchDispatchMode):
         return res
 
     def _follow(self, rule, a, inputs, outs):
-        is_data = self.is_data(*inputs)
+        kind = self.kind(*inputs)
         try:
             axes = rule(self, a, outs) if rule and outs else None
             if axes is None or [[length(axis) for axis in o] for o in axes]!=[list(o.shape) for o in outs]: raise Unclear
@@ -107,8 +111,8 @@ class _Tracer(TorchDispatchMode):
             for x in inputs: self.freeze(x, self.where)
             axes = [[new_axis(n, self.where) for n in o.shape] for o in outs]
         for o,o_axes in zip(outs, axes):
-            self.known[o] = o_axes,is_data
-            if is_data and o.is_floating_point(): self.eps = max(self.eps, torch.finfo(o.dtype).eps)
+            self.known[o] = o_axes,kind
+            if kind and o.is_floating_point(): self.eps = max(self.eps, torch.finfo(o.dtype).eps)
 
 class _Exits(TorchFunctionMode):
     "Notices tensors that are handed to NumPy or Python"
