@@ -1,15 +1,17 @@
 """Latency of what a model is deployed as: eager PyTorch, ONNX, INT8, and INT8 after channels were removed.
 
-    python benchmarks/deploy.py [--models resnet18 resnet50] [--batches 1 32] [--threads 1 2] [--flops 0.4 0.2] [--compiled]
+    python benchmarks/deploy.py [--models resnet18 resnet50] [--batches 1 32] [--threads 1 2] [--levels 0.5 0.8] [--compiled]
 
-All variants take turns, one call of each after the other. Weights are random: latency doesn't depend on them, as long as none are denormal. `--flops` are the shares of the FLOPs that
-stay when channels are removed. The first layer sees three channels only, for which ONNX Runtime's integer convolutions are slower than those in floats. *ORT static* is ONNX Runtime's own static quantization of the fp32 file, as a yardstick for INT8 without removed channels.
+All variants take turns, one call of each after the other. Weights are random: latency doesn't depend on them, as long as none are denormal. The levels are those of
+`fastsparse.run training-aware --target onnxruntime`: channels are removed until so many FLOPs are left as the level says, in multiples of 8, and all but the first layer is INT8.
+*ORT static* is ONNX Runtime's own static quantization of the fp32 file, as a yardstick for INT8 without removed channels.
 """
 import argparse, os, platform, tempfile, torch, onnxruntime
 from copy import deepcopy
 from pathlib import Path
 from torchvision.models import mobilenet_v3_large,resnet18,resnet50
 from fastsparse_create.benchmark import *
+from fastsparse_create.experiment.training_aware import few_inputs,level_sparsity
 from fastsparse_create.export.onnx import *
 from fastsparse_create.quantization.convert import *
 from fastsparse_create.thinning import *
@@ -32,17 +34,15 @@ def trained_a_little(make):
         for _ in range(3): model(torch.randn(4,3,224,224))
     return model.eval()
 
-def thinned(model, flops, round_to):
+def thinned(model, flops):
     model = deepcopy(model)
-    prune_channels_(model, torch.randn(2,3,224,224), flops=flops, share='uniform', round_to=round_to)
+    prune_channels_(model, torch.randn(2,3,224,224), flops=flops, share='uniform', round_to=8)
     return model
 
 def quantized(model, x, ignore=()):
     model = deepcopy(model)
     quantize_(model, x, ignore=ignore)
     return model
-
-def first_conv(model): return next(n for n,m in model.named_modules() if isinstance(m, torch.nn.Conv2d))
 
 def ort_static(path, x, to):
     "ONNX Runtime's own quantizer"
@@ -55,16 +55,15 @@ def ort_static(path, x, to):
     quantize_static(to.with_suffix('.pre'), to, Reader(), quant_format=QuantFormat.QDQ, per_channel=True, activation_type=QuantType.QUInt8)
     return to
 
-def variants(name, folder, flops, round_to):
+def variants(name, folder, levels):
     "Name -> what is timed, and the sizes of files in MB"
     model,x = trained_a_little(models[name]),torch.randn(8,3,224,224)
     fp32 = export_onnx(model, folder/'fp32.onnx', x)
     res = {'PyTorch, eager':model, 'ONNX fp32':fp32, 'ONNX INT8':export_onnx(quantized(model, x), folder/'int8.onnx', x, int8=True), 'ORT static':ort_static(fp32.path, x, folder/'static.onnx')}
-    for f in flops:
-        small = thinned(model, f, round_to)
-        res[f'{f:.0%} of FLOPs, fp32'] = export_onnx(small, folder/f'fp32_{f}.onnx', x)
-        res[f'{f:.0%} of FLOPs, INT8'] = export_onnx(quantized(small, x), folder/f'int8_{f}.onnx', x, int8=True)
-        res[f'{f:.0%} of FLOPs, INT8 but for the first layer'] = export_onnx(quantized(small, x, [first_conv(small)]), folder/f'int8_float_{f}.onnx', x, int8=True)
+    for level in levels:
+        small = thinned(model, 1-level_sparsity(level))
+        res[f'level {level}, fp32'] = export_onnx(small, folder/f'fp32_{level}.onnx', x)
+        res[f'level {level}, INT8'] = export_onnx(quantized(small, x, few_inputs(small)), folder/f'int8_{level}.onnx', x, int8=True)
     return res
 
 def main():
@@ -72,8 +71,7 @@ def main():
     p.add_argument('--models', nargs='+', default=['resnet18','resnet50'], choices=list(models))
     p.add_argument('--batches', nargs='+', type=int, default=[1,32])
     p.add_argument('--threads', nargs='+', type=int, default=[1,2])
-    p.add_argument('--flops', nargs='+', type=float, default=[.4,.2])
-    p.add_argument('--round_to', type=int, default=16)
+    p.add_argument('--levels', nargs='+', type=float, default=[.5,.8])
     p.add_argument('--rounds', type=int, default=40, help='of a batch of 1; larger batches get fewer')
     p.add_argument('--compiled', action='store_true', help='time torch.compile, too')
     args = p.parse_args()
@@ -81,7 +79,7 @@ def main():
     print('| model | batch | threads | variant | MB | ms | quartiles | CPU ms | times as fast as eager, by CPU time | as ONNX fp32, by CPU time |\n|---|---|---|---|---|---|---|---|---|---|')
     for name in args.models:
         with tempfile.TemporaryDirectory() as tmp:
-            made = variants(name, Path(tmp), args.flops, args.round_to)
+            made = variants(name, Path(tmp), args.levels)
             size = {n:Path(m).stat().st_size/1e6 if not isinstance(m, torch.nn.Module) else sum(4*t.numel() for t in m.parameters())/1e6 for n,m in made.items()}
             for batch in args.batches:
                 for n_threads in args.threads:

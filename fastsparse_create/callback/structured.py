@@ -52,7 +52,7 @@ def _two_of(o):
     if isinstance(o, dict): return {k:_two_of(v) for k,v in o.items()}
     return type(o)(map(_two_of, o)) if type(o) in (tuple,list) else o
 
-# %% ../../nbs/14a_callback.structured.ipynb #e0214363
+# %% ../../nbs/14a_callback.structured.ipynb #3ce53ba3
 class StructuredPruningModifier(NeedsExample, GMPruningModifier):
     "Gradual pruning of whole channels, together with all that depends on them"
     def __init__(self,
@@ -66,17 +66,19 @@ class StructuredPruningModifier(NeedsExample, GMPruningModifier):
                  leave_enabled:bool=True, # Hold the final masks after `end_epoch`?
                  inter_func:str='cubic', # Curve of the sparsity: `linear`, `cubic` or `inverse_cubic`
                  mask_type:str='filter', # Whether `params` are what makes the channels, `filter`, or what reads them, `channel`
-                 budget:str='channels', # What a sparsity is a share of: each group's `channels`, or the model's `flops`, for which channels compete
+                 budget:str='channels', # What a sparsity is a share of: each group's `channels`, or the model's `flops`
+                 share:str='global', # Who gives up channels for a budget of FLOPs: all compete, `global`, or each group gives up the same share, `uniform`
                  round_to:int=1, # Leave multiples of so many channels; integer kernels are fastest with 8 or 16
                 ):
         super().__init__(init_sparsity, final_sparsity, start_epoch, end_epoch, update_frequency, params, leave_enabled, inter_func, mask_type)
         check_number(self, 'init_sparsity', init_sparsity, 0, 1), check_number(self, 'final_sparsity', final_sparsity, 0, 1, is_open=True)
         check_choice(self, 'mask_type', mask_type, ['filter','channel'])
         check_choice(self, 'budget', budget, ['channels','flops'])
+        check_choice(self, 'share', share, ['global','uniform'])
         if param_groups is not None: _check_param_groups(param_groups)
         if param_groups is not None and budget=='flops': raise ValueError("StructuredPruningModifier: budget 'flops' needs groups from the model's graph, leave param_groups out")
         if check_number(self, 'round_to', round_to, 1)!=int(round_to): raise ValueError(f"StructuredPruningModifier: round_to must be a whole number, got {round_to!r}")
-        self.param_groups,self.budget,self.round_to = param_groups,budget,int(round_to)
+        self.param_groups,self.budget,self.share,self.round_to = param_groups,budget,share,int(round_to)
 
     def reset(self):
         super().reset()
@@ -143,7 +145,7 @@ class StructuredPruningModifier(NeedsExample, GMPruningModifier):
         scores = [group_scores(g, self.model) for g in self._groups]
         masks = {p.name:p.mask for p in self._params if isinstance(p, MaskedParam)}
         for g,s in zip(self._groups, scores): s[_masked_channels(g, masks)] = -1.
-        return ChannelRanking(self._groups, scores, round_to=self.round_to, sizes=[self._full[tuple(g.layers)] for g in self._groups])
+        return ChannelRanking(self._groups, scores, self.share, self.round_to, sizes=[self._full[tuple(g.layers)] for g in self._groups])
 
 def _masked_channels(group, masks):
     "Which channels of a group are masked in all of their places?"

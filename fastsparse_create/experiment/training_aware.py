@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['targets', 'parse_optim_level', 'level_sparsity', 'pruners', 'promised_sparsity', 'check_promise', 'Run',
-           'TrainingAware', 'training_aware']
+           'TrainingAware', 'few_inputs', 'training_aware']
 
 # %% ../../nbs/42_experiment.training_aware.ipynb #93483254
 import itertools,tempfile,time
@@ -81,7 +81,7 @@ def check_promise(promised:dict, # Name -> sparsity
         raise RuntimeError(f"the recipe promises a sparsity of {expected:.2%}, the saved weights have {measured:.2%}")
     return measured
 
-# %% ../../nbs/42_experiment.training_aware.ipynb #6340747e
+# %% ../../nbs/42_experiment.training_aware.ipynb #0e6d1443
 @dataclass
 class Run:
     "A training that is over"
@@ -249,14 +249,14 @@ def _generate(level, target, epochs, args, model):
     "A recipe for an optim level, and its text"
     if level:
         for_ort = target=='onnxruntime'
-        text = generate_recipe(level_sparsity(level), epochs, int8=True, channels=for_ort, float_layers=_few_inputs(model) if for_ort else ())
+        text = generate_recipe(level_sparsity(level), epochs, int8=True, channels=for_ort, float_layers=few_inputs(model) if for_ort else ())
         recipe = Recipe.from_string(text, args)
         return recipe,str(recipe) if args else text
     if args: raise ValueError(f"recipe_args: optim level 0 changes nothing, so that there is no recipe to change")
     recipe = Recipe.from_modifiers(EpochRangeModifier(0., epochs))
     return recipe,str(recipe)
 
-def _few_inputs(model):
+def few_inputs(model:nn.Module)->list: # Names
     "Convolutions on so few channels that integer kernels are slower than those in floats: the first one, mostly"
     return [n for n,m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels<=4 and m.groups==1]
 

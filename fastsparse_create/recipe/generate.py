@@ -9,7 +9,7 @@ __all__ = ['generate_recipe']
 from .expression import RecipeError
 from .compile import *
 
-# %% ../../nbs/23_recipe.generate.ipynb #454bf8d2
+# %% ../../nbs/23_recipe.generate.ipynb #901e8023
 _head = '''# Trains for {num_epochs} epochs{result}.
 version: 1.1.0
 
@@ -52,6 +52,7 @@ pruning_modifiers:
 '''
 
 _channels = '''      budget: flops
+      share: uniform
       round_to: 8
   - !LayerThinningModifier
       update_epochs: [eval(pruning_end)]
