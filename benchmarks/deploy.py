@@ -3,7 +3,7 @@
     python benchmarks/deploy.py [--models resnet18 resnet50] [--batches 1 32] [--threads 1 2] [--levels 0.5 0.8] [--compiled]
 
 All variants take turns, one call of each after the other. Weights are random: latency doesn't depend on them, as long as none are denormal. The levels are those of
-`fastsparse.run training-aware --target onnxruntime`: channels are removed until so many FLOPs are left as the level says, in multiples of 8, and all but the first layer is INT8.
+`fastsparse.run training-aware --target onnxruntime`: channels are removed until so many FLOPs are left as the level says, in multiples of 16, and all but the first layer is INT8.
 *ORT static* is ONNX Runtime's own static quantization of the fp32 file, as a yardstick for INT8 without removed channels.
 """
 import argparse, os, platform, tempfile, torch, onnxruntime
@@ -36,7 +36,7 @@ def trained_a_little(make):
 
 def thinned(model, flops):
     model = deepcopy(model)
-    prune_channels_(model, torch.randn(2,3,224,224), flops=flops, share='uniform', round_to=8)
+    prune_channels_(model, torch.randn(2,3,224,224), flops=flops, share='uniform', round_to=16)
     return model
 
 def quantized(model, x, ignore=()):

@@ -9,7 +9,7 @@ __all__ = ['generate_recipe']
 from .expression import RecipeError
 from .compile import *
 
-# %% ../../nbs/23_recipe.generate.ipynb #901e8023
+# %% ../../nbs/23_recipe.generate.ipynb #e8351ef2
 _head = '''# Trains for {num_epochs} epochs{result}.
 version: 1.1.0
 
@@ -53,7 +53,7 @@ pruning_modifiers:
 
 _channels = '''      budget: flops
       share: uniform
-      round_to: 8
+      round_to: 16
   - !LayerThinningModifier
       update_epochs: [eval(pruning_end)]
 '''
