@@ -293,7 +293,7 @@ def _differences(expected, got):
     same,ahead = choices
     return {'max_abs':max_abs, 'rel_rms':rel_rms, 'agreement':same.double().mean().item(), 'margin':ahead[~same].max().item() if (~same).any() else 0.}
 
-# %% ../../nbs/60b_export.onnx.ipynb #83832ac8
+# %% ../../nbs/60b_export.onnx.ipynb #bcf2c6ba
 @contextmanager
 def _quietly():
     "Nothing of what the exporter says can be helped by its user"
@@ -312,6 +312,7 @@ def _reason(e):
 
 def _to_proto(module, inputs, output_names, opset, translations):
     "The ONNX file of a module, in memory"
+    from onnxscript.ir.passes.common import ClearMetadataAndDocStringPass
     batch = torch.export.Dim('batch')
     example = tuple(t[[0,0]] for t in inputs.values())  # a batch of one would stay one
     program = torch.onnx.export(module, example, dynamo=True, verbose=False, external_data=False, opset_version=max(18, opset),
@@ -319,6 +320,7 @@ def _to_proto(module, inputs, output_names, opset, translations):
                                 custom_translation_table=translations)
     values = program.model.graph.initializers
     for name in [n for n in values if n.startswith('model.')]: values[name].name = name.removeprefix('model.')
+    ClearMetadataAndDocStringPass()(program.model)  # lines of source, with the folders that they lie in
     if program.model.opset_imports['']<opset: raise ValueError(f"opset: {opset} is not known to PyTorch's exporter")
     return program.model_proto if opset>=18 else _to_opset(program.model_proto, opset)
 
