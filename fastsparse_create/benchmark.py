@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BenchmarkRow', 'Benchmark', 'threads', 'benchmark', 'deploy_variants']
 
-# %% ../nbs/64_benchmark.ipynb #f48def91
+# %% ../nbs/64_benchmark.ipynb #72a92ba9
 import math,os,time,torch
 from collections.abc import Mapping
 from contextlib import ExitStack,contextmanager
@@ -14,7 +14,7 @@ from pathlib import Path
 from fastai.basics import plt
 from torch import nn
 from .export.onnx import *
-from .masking import measured_sparsity
+from .masking import masked_params,measured_sparsity
 from .report import inference
 from .sparse.inference import *
 from .sparse.linear import *
@@ -117,7 +117,7 @@ def benchmark(models:dict, # Name -> module, ONNX file, or any function; the oth
     summary = f"{_shapes(x)}, {n_threads} thread{'s'*(n_threads>1)}, median of {n_rounds} rounds; {torch.backends.cpu.get_cpu_capability()}"
     return Benchmark([_row(n, t, first) for n,t in times.items()], summary)
 
-# %% ../nbs/64_benchmark.ipynb #1ca940b3
+# %% ../nbs/64_benchmark.ipynb #29c7575d
 def deploy_variants(models:dict, # Name -> finished model; quantized or not
                     x, # What they are called with
                     folder, # Where the ONNX files are written
@@ -129,6 +129,6 @@ def deploy_variants(models:dict, # Name -> finished model; quantized or not
         if is_quantized(m):
             res[f'{name}, ONNX INT8'] = export_onnx(m, folder/f'{name}_int8.onnx', x, int8=True)
             continue
-        res |= {name:m, f'{name}, ONNX':export_onnx(m, folder/f'{name}.onnx', x)}
+        res |= {name:finished_copy(m) if masked_params(m) else m, f'{name}, ONNX':export_onnx(m, folder/f'{name}.onnx', x)}
         if measured_sparsity(m, '__ALL_PRUNABLE__')>=.5: res[f'{name}, sparse kernels'] = to_sparse_inference(m, x)[0]
     return res
