@@ -6,7 +6,7 @@
 __all__ = ['named_inputs', 'named_outputs', 'Pixels', 'finished_copy', 'OnnxModel', 'onnx_ops', 'OnnxExport', 'export_onnx',
            'quantize_qat_export']
 
-# %% ../../nbs/60b_export.onnx.ipynb #ca4750ef
+# %% ../../nbs/60b_export.onnx.ipynb #d0a323b7
 import inspect,logging,math,tempfile,torch,warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -22,6 +22,7 @@ from ..report import human
 from ..selection import *
 from ..sparse.linear import *
 from .checkpoint import *
+from .opset import *
 
 # %% ../../nbs/60b_export.onnx.ipynb #609712e9
 def _need(*packages):
@@ -125,79 +126,6 @@ def finished_copy(model:nn.Module)->nn.Module: # On the CPU, for inference
     for m in model.modules(): m._modules.update({n:nn.Identity() for n,c in m._modules.items() if isinstance(c, ToTensorBase)})
     return make_permanent(model).eval().requires_grad_(False)
 
-# %% ../../nbs/60b_export.onnx.ipynb #ff88a955
-_oldest = 13  # the first in which weights can be quantized by channel
-
-def _constant(graph, name):
-    from onnx import numpy_helper
-    return next((numpy_helper.to_array(t) for t in graph.initializer if t.name==name), None)
-
-def _set_axes(node, graph):
-    "Axes were an attribute before version 18"
-    from onnx import helper
-    axes = _constant(graph, node.input[1]) if len(node.input)>1 else None
-    if len(node.input)>1 and axes is None: raise ValueError(f"opset: {node.op_type} with axes that are computed needs opset 18")
-    kept = [a for a in node.attribute if a.name!='noop_with_empty_axes']
-    new = helper.make_node(node.op_type, node.input[:1], node.output, name=node.name, **({} if axes is None else {'axes':axes.tolist()}))
-    new.attribute.extend(kept)
-    return [new]
-
-def _shape_part(node, graph):
-    "A part of a shape, which was all of it before version 15"
-    from onnx import helper,numpy_helper
-    attrs = {a.name:helper.get_attribute_value(a) for a in node.attribute}
-    whole,o = helper.make_node('Shape', node.input, node.output, name=node.name),node.output[0]
-    if not attrs: return [whole]
-    whole.output[0] = f'{o}/whole'
-    for k,v in (('start',attrs.get('start', 0)), ('end',attrs.get('end', 2**31))): graph.initializer.append(numpy_helper.from_array(np.array([v]), f'{o}/{k}'))
-    return [whole, helper.make_node('Slice', [f'{o}/whole', f'{o}/start', f'{o}/end'], [o], name=f'node_{o}/slice')]
-
-def _hard_swish(node, graph):
-    from onnx import helper
-    gate = f'{node.output[0]}/gate'
-    return [helper.make_node('HardSigmoid', node.input, [gate], name=f'node_{gate}', alpha=1/6, beta=.5), helper.make_node('Mul', [node.input[0],gate], node.output, name=node.name)]
-
-def _drop(name, only_zero=False):
-    "Without an attribute that is new, and says what was always so"
-    def f(node, graph):
-        kept = [a for a in node.attribute if a.name!=name or (only_zero and a.i)]
-        del node.attribute[:]
-        node.attribute.extend(kept)
-        return [node]
-    return f
-
-def _layer_norm(node, graph):
-    "Operators for LayerNormalization, which is one since version 17"
-    from onnx import helper,numpy_helper
-    attrs = {a.name:helper.get_attribute_value(a) for a in node.attribute}
-    o,n = node.output[0],-attrs.get('axis', -1)
-    if n<1: raise ValueError("opset: LayerNormalization over axes that are counted from the first needs opset 17")
-    axes = list(range(-n, 0))
-    graph.initializer.append(numpy_helper.from_array(np.array(attrs.get('epsilon', 1e-5), np.float32), f'{o}/eps'))
-    def op(kind, inputs, name, **kwargs): return helper.make_node(kind, inputs, [name], name=f'node_{name}', **kwargs)
-    last = len(node.input)>2
-    return [op('ReduceMean', node.input[:1], f'{o}/mean', axes=axes), op('Sub', [node.input[0],f'{o}/mean'], f'{o}/centered'),
-            op('Mul', [f'{o}/centered']*2, f'{o}/squares'), op('ReduceMean', [f'{o}/squares'], f'{o}/var', axes=axes),
-            op('Add', [f'{o}/var',f'{o}/eps'], f'{o}/var_eps'), op('Sqrt', [f'{o}/var_eps'], f'{o}/std'),
-            op('Div', [f'{o}/centered',f'{o}/std'], f'{o}/normed'), op('Mul', [f'{o}/normed',node.input[1]], f'{o}/scaled' if last else o),
-            *([op('Add', [f'{o}/scaled',node.input[2]], o)] if last else [])]
-
-_older = {'Split':(18,_drop('num_outputs')), 'LayerNormalization':(17,_layer_norm), 'Shape':(15,_shape_part), 'HardSwish':(14,_hard_swish), 'Reshape':(14,_drop('allowzero')),
-          **{o:(14,_drop('layout', only_zero=True)) for o in ('LSTM','GRU','RNN')},
-          **{f'Reduce{o}':(18,_set_axes) for o in ('Mean','Max','Min','Prod','L1','L2','LogSum','LogSumExp','SumSquare')}}
-
-def _to_opset(proto, opset):
-    "Rewrite a file of version 18 in operators of version `opset`"
-    import onnx
-    graph = proto.graph
-    nodes = [n for node in graph.node for n in (_older[node.op_type][1](node, graph) if opset<_older.get(node.op_type, (0,))[0] else [node])]
-    del graph.node[:]
-    graph.node.extend(nodes)
-    proto.opset_import[0].version,proto.ir_version = opset,min(proto.ir_version, 8)
-    try: onnx.checker.check_model(proto)
-    except onnx.checker.ValidationError as e: raise ValueError(f"opset: the model can't be written in opset {opset}: {str(e).splitlines()[0]}") from e
-    return proto
-
 # %% ../../nbs/60b_export.onnx.ipynb #a25c2915
 class OnnxModel(nn.Module):
     "An ONNX file as a module, run by ONNX Runtime on the CPU"
@@ -293,7 +221,7 @@ def _differences(expected, got):
     same,ahead = choices
     return {'max_abs':max_abs, 'rel_rms':rel_rms, 'agreement':same.double().mean().item(), 'margin':ahead[~same].max().item() if (~same).any() else 0.}
 
-# %% ../../nbs/60b_export.onnx.ipynb #bcf2c6ba
+# %% ../../nbs/60b_export.onnx.ipynb #509509da
 @contextmanager
 def _quietly():
     "Nothing of what the exporter says can be helped by its user"
@@ -322,7 +250,7 @@ def _to_proto(module, inputs, output_names, opset, translations):
     for name in [n for n in values if n.startswith('model.')]: values[name].name = name.removeprefix('model.')
     ClearMetadataAndDocStringPass()(program.model)  # lines of source, with the folders that they lie in
     if program.model.opset_imports['']<opset: raise ValueError(f"opset: {opset} is not known to PyTorch's exporter")
-    return program.model_proto if opset>=18 else _to_opset(program.model_proto, opset)
+    return program.model_proto if opset>=18 else to_opset(program.model_proto, opset)
 
 def _check_size(model):
     size = sum(t.numel()*t.element_size() for t in model.state_dict().values())
@@ -357,7 +285,7 @@ def export_onnx(model, # Any model, or a `Learner`; it isn't changed
     learn = model if isinstance(model, Learner) else None
     model = unwrap_model(learn.model if learn else model)
     if not isinstance(model, nn.Module): raise TypeError(f"export_onnx: expected a model or a Learner, got {type(model).__name__}")
-    if opset<_oldest: raise ValueError(f"opset: {opset} is too old, accepted are {_oldest} and later")
+    if opset<oldest_opset: raise ValueError(f"opset: {opset} is too old, accepted are {oldest_opset} and later")
     if int8 and not _is_quantized(model): raise ValueError("export_onnx: int8 needs a quantized model: quantize_ it first, or train it with a QuantizationModifier")
     if example is None and learn is None: raise ValueError("export_onnx: give an example of what the model takes")
     _check_size(model)
