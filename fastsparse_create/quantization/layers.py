@@ -28,7 +28,7 @@ def decode_scheme(code:Tensor)->QuantizationScheme:
     def args(bits, symmetric, by_channel, reduced): return QuantizationArgs(bits, bool(symmetric), 'channel' if by_channel else 'tensor', bool(reduced)) if bits else None
     return QuantizationScheme(*(args(*row) for row in code.tolist()))
 
-# %% ../../nbs/09b_quantization.layers.ipynb #1b5b0913
+# %% ../../nbs/09b_quantization.layers.ipynb #ce1c34aa
 observing = 'training','always','never'
 
 def quantize_activation(module:nn.Module, # Has the range
@@ -40,14 +40,29 @@ def quantize_activation(module:nn.Module, # Has the range
     ranges = module._buffers.get(f'{kind}_range')
     if ranges is None or not x.is_floating_point(): return x
     x,args = in_float(x),getattr(module.scheme, f'{kind}_activations')
-    seen = ranges[next_call(module, kind, len(ranges)) if row is None else row]
+    seen = ranges[_row(module, kind, len(ranges), x) if row is None else row]
     observes = module.observes=='always' or (module.observes=='training' and module.training)
-    if observes: observe_(seen, x)
+    if observes and not _is_recomputed(): observe_(seen, x)
     y = fake_quantize(x, *activation_qparams(seen, args), args.low, args.high)
     return y if observes else torch.where(seen[2]>0, y, x)
 
+def _is_recomputed():
+    "Does backward call the layer again, as it does for checkpointed activations?"
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id()!=-1
+
+def _row(module, kind, n, x):
+    "Which of the `n` calls in a forward pass this is, or is a recomputation of: backward's order is another"
+    if n==1: return 0
+    marks = module.calls.setdefault(f'{kind} marks', [])
+    if _is_recomputed() and marks: return int((torch.stack(marks)-_mark(x)).abs().argmin())
+    i = next_call(module, kind, n)
+    if not torch.compiler.is_compiling(): marks[i:] = [_mark(x)]
+    return i
+
+def _mark(x): return torch.atleast_1d(x.detach())[:1].sum(dtype=torch.double)
+
 def next_call(module, kind, n):
-    "Which of the `n` calls in a forward pass this is"
+    "Which of the `n` calls in a forward pass this is, if they are in order"
     if n==1: return 0
     i = module.calls.get(kind, 0)
     module.calls[kind] = (i+1)%n
@@ -69,9 +84,9 @@ def in_float(t:Tensor)->Tensor:
 def full_precision(x:Tensor):
     "A context without autocast: eight bits of a half-precision number are not enough to tell 256 steps apart"
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) else nullcontext()
 
-# %% ../../nbs/09b_quantization.layers.ipynb #e42645eb
+# %% ../../nbs/09b_quantization.layers.ipynb #0f04848f
 class QuantizedLayer:
     "What all quantized layers have in common"
     channel_axis = 0 # Dimension of a weight that counts output channels
@@ -97,7 +112,7 @@ class QuantConv3d(_QuantConv, nn.Conv3d): "`nn.Conv3d` with fake quantization"
 class _QuantConvTranspose(QuantizedLayer):
     channel_axis = 1
     def forward(self, x, output_size=None):
-        n = self.weight.ndim-2
+        n = len(self.kernel_size)
         padding = self._output_padding(x, output_size, self.stride, self.padding, self.kernel_size, n, self.dilation)
         f = (F.conv_transpose1d,F.conv_transpose2d,F.conv_transpose3d)[n-1]
         with full_precision(x): return f(self._input(x), self._weight(), self._bias(), self.stride, self.padding, padding, self.groups, self.dilation)
@@ -106,12 +121,14 @@ class QuantConvTranspose1d(_QuantConvTranspose, nn.ConvTranspose1d): "`nn.ConvTr
 class QuantConvTranspose2d(_QuantConvTranspose, nn.ConvTranspose2d): "`nn.ConvTranspose2d` with fake quantization"
 class QuantConvTranspose3d(_QuantConvTranspose, nn.ConvTranspose3d): "`nn.ConvTranspose3d` with fake quantization"
 
-# %% ../../nbs/09b_quantization.layers.ipynb #38558325
+# %% ../../nbs/09b_quantization.layers.ipynb #d07fb0dd
 class QuantEmbedding(QuantizedLayer, nn.Embedding):
     "`nn.Embedding` with fake quantization"
     def forward(self, x):
+        args = self.scheme.weights
+        if args and args.strategy=='tensor': return F.embedding(x, self._weight(), self.padding_idx, None, 2., self.scale_grad_by_freq, self.sparse)
         rows = in_float(nn.Embedding.forward(self, x))
-        return quantize_weight(rows.flatten(0, -2), self.scheme.weights).view_as(rows) if self.scheme.weights else rows
+        return quantize_weight(rows.view(-1, self.embedding_dim), args).view_as(rows) if args else rows
 
 # %% ../../nbs/09b_quantization.layers.ipynb #0b94eacb
 class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
@@ -166,17 +183,18 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
 
 def _additive(mask, like): return mask.to(like) if mask.is_floating_point() else torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
 
-# %% ../../nbs/09b_quantization.layers.ipynb #12f0e265
+# %% ../../nbs/09b_quantization.layers.ipynb #e6ae8e7f
 quantized_types = {nn.Linear:QuantLinear, nn.modules.linear.NonDynamicallyQuantizableLinear:QuantLinear, nn.Conv1d:QuantConv1d, nn.Conv2d:QuantConv2d, nn.Conv3d:QuantConv3d,
                    nn.ConvTranspose1d:QuantConvTranspose1d, nn.ConvTranspose2d:QuantConvTranspose2d, nn.ConvTranspose3d:QuantConvTranspose3d,
                    nn.Embedding:QuantEmbedding, nn.MultiheadAttention:QuantMultiheadAttention}
 
 def why_not_quantized(module:nn.Module)->str:
     "Why the class of a layer can't be exchanged; empty if it can"
-    if isinstance(module, QuantizedLayer): return "it is quantized already"
+    if 'quantization' in module._buffers: return "it is quantized already"
     if nn.utils.parametrize.is_parametrized(module): return "it is parametrized"
     if type(module) not in quantized_types: return f"{type(module).__name__} is not supported"
     if not isinstance(module, nn.MultiheadAttention) and 'weight' not in module._parameters: return "its weight is computed anew in each step, as by weight or spectral norm"
+    if any(p.dtype in (torch.half,torch.bfloat16) for p in module.parameters()): return "its weights have half precision, too little to train with rounding: call float() first"
     if getattr(module, 'max_norm', None): return "an embedding with max_norm is not supported"
     if isinstance(module, nn.MultiheadAttention):
         if module.bias_k is not None or module.add_zero_attn: return "attention with add_bias_kv or add_zero_attn is not supported"
@@ -191,9 +209,10 @@ def quantize_layer_(module:nn.Module, # Layer to change; of a class in `quantize
                     scheme:QuantizationScheme, # `None` in it: left as it is
                     inputs:int=0, # Rows of the range of its inputs: calls in a forward pass; 0: inputs are not quantized
                     outputs:int=0, # The same for its outputs
+                    device=None, # Of the ranges, if the layer has no tensors that say it
                    ):
     "Exchange the class of a layer, and give it the ranges that it needs"
-    device = next((t.device for t in (*module.parameters(), *module.buffers())), None)
+    device = next((t.device for t in (*module.parameters(), *module.buffers())), device)
     if scheme.weights or inputs: module.__class__ = quantized_types[type(module)]
     module.scheme,module.observes = scheme,'training'
     module.register_buffer('quantization', encode_scheme(scheme).to(device))
@@ -203,7 +222,9 @@ def quantize_layer_(module:nn.Module, # Layer to change; of a class in `quantize
     if outputs: module.register_forward_hook(quantize_output)
     module.register_load_state_dict_pre_hook(keep_ranges)
 
-def keep_ranges(module, state_dict, prefix, *_):
-    "Hook of loading: weights that were saved before the model was quantized leave its ranges as they are"
-    if f'{prefix}quantization' in state_dict: return
+def keep_ranges(module, state_dict, prefix, _, strict, missing, unexpected, errors):
+    "Hook of loading: weights that were saved before the model was quantized leave its ranges as they are; those of another scheme are refused"
+    code = state_dict.get(f'{prefix}quantization')
+    if code is not None and not code.equal(module.quantization.to(code)): errors.append(f"{prefix}quantization: saved with another scheme than the model has: load it into a fresh model, by quantized_from_file")
+    if code is not None: return
     state_dict.update({f'{prefix}{k}':b for k,b in module._buffers.items() if k in ('quantization','input_range','output_range')})
