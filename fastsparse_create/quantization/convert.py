@@ -6,7 +6,7 @@
 __all__ = ['QuantizedRow', 'quantized_modules', 'is_quantized', 'observe', 'calibrate_', 'mean_over_ranks_', 'quantize_',
            'quantized_from_file', 'quantize_like', 'dequantize_']
 
-# %% ../../nbs/09d_quantization.convert.ipynb #b813a8e3
+# %% ../../nbs/09d_quantization.convert.ipynb #3898645d
 import re,torch
 from dataclasses import dataclass,replace
 from difflib import get_close_matches
@@ -14,34 +14,41 @@ from itertools import islice
 from pathlib import Path
 from torch import nn,Tensor
 from ..masking import *
-from ..masking import _load_state
+from ..masking import _check_fit,_load_state
 from .core import *
 from .layers import *
 from .placement import *
 from ..selection import unwrap_model
 from ..sparse.linear import LayerReport
 
-# %% ../../nbs/09d_quantization.convert.ipynb #bd675778
-def _fits(entry, name, module):
-    "How well `entry` fits a layer: length of the prefix, 0 for its class, None if not at all"
-    if entry.startswith('re:'): return 0 if re.match(entry[3:], name) else None
-    if name==entry or name.startswith(f'{entry}.'): return len(entry)
-    return 0 if type(module).__name__==entry else None
+# %% ../../nbs/09d_quantization.convert.ipynb #8abe36a0
+def _named(model): return list(model.named_modules(remove_duplicate=False))
 
-def _check_entries(where, entries, model, strict):
-    for entry in entries:
+def _meant(entry, model):
+    "Modules that an entry stands for"
+    if entry.startswith('re:'): return {m for n,m in _named(model) if re.match(entry[3:], n)}
+    return {c for n,m in _named(model) if entry in (n,type(m).__name__) for c in m.modules()}
+
+def _entries(where, given, model, strict):
+    "Entry -> modules that it stands for"
+    if isinstance(given, str): given = [given]
+    if given is not None and not isinstance(given, (list,tuple,set,dict)): raise TypeError(f"{where}: expected names, got {given!r}")
+    for entry in given or ():
         if not isinstance(entry, str): raise TypeError(f"{where}: expected names, got {entry!r}")
         if entry.startswith('re:'):
             try: re.compile(entry[3:])
             except re.error as e: raise ValueError(f"{where}: {entry!r} is no regular expression: {e}") from None
-        if strict and all(_fits(entry, n, m) is None for n,m in model.named_modules() if n):
-            choices = {n for n,_ in model.named_modules() if n}|{type(m).__name__ for m in model.modules()}
-            near = get_close_matches(entry.removeprefix('re:'), choices, 1, .4)
-            raise ValueError(f"{where}: {entry!r} fits no layer of the model" + (f"; did you mean {near[0]!r}?" if near else ''))
+    found = {entry:_meant(entry, model) for entry in given or ()}
+    lost = next((e for e,modules in found.items() if not modules), None)
+    if lost and strict:
+        near = get_close_matches(lost.removeprefix('re:'), {n for n,_ in _named(model) if n}|{type(m).__name__ for m in model.modules()}, 1, .4)
+        raise ValueError(f"{where}: {lost!r} fits no layer of the model" + (f"; did you mean {near[0]!r}?" if near else ''))
+    return found
 
-def _scheme_for(name, module, scheme, overrides):
-    fits = [(f,e) for e in overrides if (f := _fits(e, name, module)) is not None]
-    return overrides[max(fits)[1]] if fits else scheme
+def _own_schemes(model, overrides, found):
+    "Module -> the scheme of the entry that has the word"
+    names = {n for n,_ in _named(model)}
+    return {m:overrides[e] for e in sorted(found, key=lambda e: len(e) if e in names else 0) for m in found[e]}
 
 @dataclass
 class QuantizedRow:
@@ -58,7 +65,7 @@ def _how(args, n=1):
     how = f"{'int' if args.symmetric else 'uint'}{args.num_bits-args.reduce_range}{' by channel' if args.strategy=='channel' else ''}"
     return how if n==1 else f'{n} x {how}'
 
-# %% ../../nbs/09d_quantization.convert.ipynb #4fb26e94
+# %% ../../nbs/09d_quantization.convert.ipynb #feb30e64
 def quantized_modules(model:nn.Module)->dict: # Name -> module with weights or activations that are rounded
     "What `quantize_` has changed"
     return {n:m for n,m in unwrap_model(model).named_modules() if 'quantization' in m._buffers}
@@ -87,21 +94,24 @@ def calibrate_(model, # Quantized model or `Learner`
     was = {m:m.observes for m in quantized_modules(model).values()}
     if not was: raise ValueError("calibrate_: the model is not quantized, quantize_ it first")
     observe(model, 'always')
+    n_seen = 0
     try:
         with undisturbed(model):
-            for b in islice(batches, n): call_model(model, b)
+            for n_seen,b in enumerate(islice(batches, n), 1): call_model(model, b)
     finally:
         for m,when in was.items(): m.observes = when
+    if not n_seen: raise ValueError("calibrate_: there was no batch to see")
 
 def mean_over_ranks_(model:nn.Module):
     "Let all processes of distributed training have the same ranges: their mean"
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return
-    ranges = [b for m in quantized_modules(model).values() for k,b in m._buffers.items() if k.endswith('_range')]
+    ranges = [b for m in quantized_modules(model).values() for k,b in m._buffers.items() if k in ('input_range','output_range')]
+    if not ranges: return
     flat = torch.cat([r.flatten() for r in ranges])
     torch.distributed.all_reduce(flat)
     for r,mean in zip(ranges, flat.div_(torch.distributed.get_world_size()).split([r.numel() for r in ranges])): r.copy_(mean.view_as(r))
 
-# %% ../../nbs/09d_quantization.convert.ipynb #1270266e
+# %% ../../nbs/09d_quantization.convert.ipynb #dd32b489
 def _finish(model):
     "What a model needs when its layers are quantized"
     with no_shortcuts(model, keep=True): pass
@@ -110,52 +120,64 @@ def _finish(model):
 def quantize_(model, # Model or `Learner` to change
               example=None, # What the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments; default for a `Learner`: a batch of its training set
               scheme='default', # Name of one of `schemes`, dict of the fields of a `QuantizationScheme`, or one
-              scheme_overrides:dict=None, # Layer, by prefix of its name or by class -> its scheme
-              ignore=(), # Layers to leave alone, by prefix, class or `re:...`
+              scheme_overrides:dict=None, # Layer, or module, by name or class -> scheme of what is in it
+              ignore=(), # Layers to leave alone, by name, class or `re:...`; or modules with all in them
               submodules=None, # Modules whose layers are quantized; default: all
               strict:bool=True, # Is a name that fits nothing an error?
              )->LayerReport: # Layers with weights, and what became of them
     "Round weights and activations to integers from now on, in training and in evaluation"
     if example is None and hasattr(model, 'dls'): example = _first_inputs(model)
     model = unwrap_model(getattr(model, 'model', model))
-    ignore,submodules = ([o] if isinstance(o, str) else list(o or ()) for o in (ignore,submodules))
-    scheme,overrides = as_scheme(scheme),{k:as_scheme(v) for k,v in (scheme_overrides or {}).items()}
-    for where,entries in (('ignore',ignore),('submodules',submodules),('scheme_overrides',overrides)): _check_entries(where, entries, model, strict)
-    def is_meant(n, m):
-        ignored = any(_fits(e, n, m) is not None for e in ignore)
-        return not ignored and (not submodules or any(_fits(e, n, m) is not None for e in submodules))
+    scheme,overrides = as_scheme(scheme),as_schemes(scheme_overrides)
+    ignored,chosen,own = (_entries(where, given, model, strict) for where,given in (('ignore',ignore),('submodules',submodules),('scheme_overrides',overrides)))
+    untouched = {m for m in model.modules() if chosen and not any(m in c for c in chosen.values())}.union(*ignored.values())
     steps = None if example is None else follow(model, example)
     called = None if steps is None else {s.module for s in steps}
-    why = {n:_reason(m, is_meant(n, m), called) for n,m in leaves(model).items() if any(p.ndim>1 for p in m.parameters())}
-    plan = {n:_scheme_for(n, m, scheme, overrides) for n,m in leaves(model).items() if n in why and not why[n]}
+    schemes = _own_schemes(model, overrides, own)
+    weighted = _with_weights(model)
+    why = {n:_reason(m, m in untouched, called) for n,m in weighted.items()}
+    plan = {n:schemes.get(m, scheme) for n,m in weighted.items() if not why[n]}
     if not plan: raise ValueError(f"quantize_: no layer can be quantized{': '+'; '.join(f'{n}: {w}' for n,w in islice(why.items(), 3)) if why else ''}")
-    inputs,outputs = _placement(model, steps, plan, scheme)
-    rows = [_apply_plan(n, m, plan.get(n, scheme), inputs.get(m, 0), outputs.get(m, 0), why.get(n)) for n,m in leaves(model).items() if n in why or m in outputs]
+    inputs,outputs = _placement(model, steps, plan, scheme, untouched)
+    changed = weighted|{n:m for n,m in leaves(model).items() if m in outputs}
+    device = _device(model)
+    rows = [_apply_plan(n, m, plan.get(n, scheme), inputs.get(m, 0), outputs.get(m, 0), why.get(n), device) for n,m in changed.items()]
     _finish(model)
     if example is not None: calibrate_(model, [example])
     else: logger.warning("quantize_: without an example only inputs of layers are quantized, which integer runtimes execute slower")
     return LayerReport([r for r in rows if r.layer in why], f"{len(plan)} of {len(why)} layers quantized")
 
-def _reason(module, is_meant, called):
+def _with_weights(model):
+    "Name -> module: layers, and modules around layers with weights of their own"
+    followed = leaves(model)
+    inside = {c for m in followed.values() for c in m.modules()}
+    def has_weights(n, m): return any(p.ndim>1 for p in m.parameters(recurse=n in followed))
+    return {n:m for n,m in model.named_modules() if (n in followed or m not in inside) and has_weights(n, m)}
+
+def _reason(module, is_ignored, called):
     "Why a layer is left as it is"
-    if not is_meant: return "ignored"
+    if is_ignored: return "ignored"
     return why_not_quantized(module) or ("the example doesn't call it" if called is not None and module not in called else '')
 
-def _placement(model, steps, plan, scheme):
+def _placement(model, steps, plan, scheme, untouched):
     "Calls of each module whose inputs, and whose outputs, are rounded"
     modules = {m:plan[n] for n,m in model.named_modules() if n in plan}
     if steps is None: return {m:n_input_rows(m, 1) for m,s in modules.items() if s.input_activations},{}
-    inputs,outputs = place_roundings(steps, [m for m,s in modules.items() if s.input_activations], [m for m,s in modules.items() if s.output_activations])
+    rounded = {m:s for m,s in modules.items() if s.input_activations}
+    different = [m for m,s in rounded.items() if s.input_activations!=(scheme.output_activations or scheme.input_activations)]
+    inputs,outputs = place_roundings(steps, rounded, [m for m,s in modules.items() if s.output_activations], different, untouched)
     return {m:n_input_rows(m, k) for m,k in inputs.items()},outputs if scheme.input_activations else {m:k for m,k in outputs.items() if m in modules}
 
-def _apply_plan(name, module, scheme, inputs, outputs, why_not):
+def _device(model): return next((p.device for p in model.parameters()), None)
+
+def _apply_plan(name, module, scheme, inputs, outputs, why_not, device):
     "Change one layer"
     kind = type(module).__name__
     if why_not is None: scheme = replace(scheme, weights=None)  # a batch norm or ReLU at the end of a chain
     if outputs: scheme = replace(scheme, output_activations=scheme.output_activations or scheme.input_activations)
     if why_not: return QuantizedRow(name, kind, '', '', '', why_not)
     if isinstance(module, nn.MultiheadAttention): quantize_layer_(module.out_proj, scheme, inputs=1 if inputs else 0)
-    quantize_layer_(module, scheme, inputs, outputs)
+    quantize_layer_(module, scheme, inputs, outputs, device)
     n_inputs = 1 if isinstance(module, nn.MultiheadAttention) and inputs else inputs
     return QuantizedRow(name, kind, _how(scheme.weights), _how(scheme.input_activations, n_inputs), _how(scheme.output_activations, outputs), '')
 
@@ -163,7 +185,7 @@ def _first_inputs(learn):
     batch = learn.dls.one_batch()
     return tuple(batch[:learn.dls.n_inp]) if isinstance(batch, (tuple,list)) else batch
 
-# %% ../../nbs/09d_quantization.convert.ipynb #1e3016db
+# %% ../../nbs/09d_quantization.convert.ipynb #60b7a090
 def quantized_from_file(model, # A model, or `Learner`, of the architecture that was saved, before it was quantized
                         file, # Path of a file from `torch.save(model.state_dict())` or `learn.save`
                        ): # `model`
@@ -171,47 +193,61 @@ def quantized_from_file(model, # A model, or `Learner`, of the architecture that
     net,file = unwrap_model(getattr(model, 'model', model)),Path(file)
     if not file.exists(): raise FileNotFoundError(f"{file}: no such file")
     state = _load_state(file)
+    own = net.state_dict()
     quantize_like(net, state, str(file))
-    if any(k.endswith('_mask') for k in state): masks_from_file(net, file)
-    else: net.load_state_dict(state)
+    try:
+        if any(k.endswith('_mask') and k not in own for k in state): masks_from_file(net, file)
+        else:
+            _check_fit(file, {k:v.shape for k,v in state.items()}, {k:v.shape for k,v in net.state_dict().items()})
+            net.load_state_dict(state)
+    except ValueError:
+        dequantize_(net)
+        raise
     return model
 
 def quantize_like(model:nn.Module, # Of the architecture of `state`, before it was quantized
                   state:dict, # State dict of a quantized model
                   where:str='state', # What to call it in messages
                  ):
-    "Quantize the layers that are quantized in `state`, so that it can be loaded"
-    modules = dict(model.named_modules())
+    "Quantize the layers that are quantized in `state`, so that it can be loaded; raises `ValueError` before anything is changed"
+    if not isinstance(state, dict) or not all(isinstance(k, str) for k in state): raise ValueError(f"{where}: holds no state dict")
+    modules,found = dict(_named(model)),{}
     saved = [k.removesuffix('quantization').rstrip('.') for k in state if k.split('.')[-1]=='quantization']
     if not saved: raise ValueError(f"{where}: holds no quantized model")
     for name in saved:
         if name not in modules: raise ValueError(f"{where}: has a quantized layer {name!r}, which the model does not have")
-        why = _why_not_restored(modules[name], decode_scheme(state[_key(name, 'quantization')]))
-        if why: raise ValueError(f"{where}: {name!r} can't be quantized: {why}")
-    for name in saved: _restore(modules[name], {k:state.get(_key(name, k)) for k in ('quantization','input_range','output_range')})
+        try: found[modules[name]] = _restorable(modules[name], *(state.get(f'{name}.{k}'.removeprefix('.')) for k in ('quantization','input_range','output_range')))
+        except (ValueError,TypeError) as e: raise ValueError(f"{where}: {name!r} can't be quantized: {e}") from e
+    for module,args in found.items(): quantize_layer_(module, *args, _device(model))
     _finish(model)
 
-def _key(name, buffer): return f'{name}.{buffer}' if name else buffer
+def _restorable(module, code, *ranges):
+    "What `quantize_layer_` needs to know, from buffers that may hold anything"
+    if not isinstance(code, Tensor) or (code.shape,code.dtype)!=((3,4),torch.uint8): raise ValueError("its scheme is damaged")
+    scheme = decode_scheme(code)
+    for r,args in zip(ranges, (scheme.input_activations,scheme.output_activations)):
+        if r is None: continue
+        if not isinstance(r, Tensor) or r.ndim!=2 or r.shape[1]!=3 or not len(r) or not r.is_contiguous(): raise ValueError("its ranges are damaged")  # an expanded tensor would ask for more memory than the file has
+        if args is None: raise ValueError("it has ranges for what its scheme doesn't round")
+    inputs,outputs = (0 if r is None else len(r) for r in ranges)
+    why = why_not_quantized(module) if scheme.weights or inputs else "it is quantized already" if 'quantization' in module._buffers else ''
+    if not why and inputs and inputs!=n_input_rows(module, inputs): why = f"its inputs can't have {inputs} ranges"
+    if why: raise ValueError(why)
+    return scheme,inputs,outputs
 
-def _why_not_restored(module, scheme): return why_not_quantized(module) if scheme.weights else "it is quantized already" if 'quantization' in module._buffers else ''
-
-def _restore(module, held):
-    rows = {k:0 if held[k] is None else len(held[k]) for k in ('input_range','output_range')}
-    quantize_layer_(module, decode_scheme(held['quantization']), rows['input_range'], rows['output_range'])
-
-# %% ../../nbs/09d_quantization.convert.ipynb #622e0af2
+# %% ../../nbs/09d_quantization.convert.ipynb #6dbb1d34
 def dequantize_(model, # Quantized model or `Learner` to change
                ): # `model`
     "Forget schemes and ranges, and compute in floats again"
     inner = unwrap_model(getattr(model, 'model', model))
     float_types = {q:f for f,q in reversed(quantized_types.items())}
+    for m in inner.modules(): _remove_hook(m._forward_pre_hooks, lambda f: f is reset_calls)
     for m in quantized_modules(inner).values():
         m.__class__ = float_types.get(type(m), type(m))
         for n in ('quantization','input_range','output_range'): m._buffers.pop(n, None)
         for n in ('scheme','observes','calls'): m.__dict__.pop(n, None)
         _remove_hook(m._forward_hooks, lambda f: f is quantize_output)
         _remove_hook(m._load_state_dict_pre_hooks, lambda f: getattr(f, 'hook', f) is keep_ranges)
-    _remove_hook(inner._forward_pre_hooks, lambda f: f is reset_calls)
     return model
 
 def _remove_hook(hooks, is_it):

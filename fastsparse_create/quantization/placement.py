@@ -125,7 +125,7 @@ def follow(model:nn.Module, # Any model
         if (made := tracer.made.get(t)): made[1].is_result = True
     return tracer.steps
 
-# %% ../../nbs/09c_quantization.placement.ipynb #d4abf4c7
+# %% ../../nbs/09c_quantization.placement.ipynb #4b315d5f
 norms = nn.BatchNorm1d,nn.BatchNorm2d,nn.BatchNorm3d,nn.SyncBatchNorm
 _relus = nn.ReLU,nn.ReLU6
 _convs = nn.Conv1d,nn.Conv2d,nn.Conv3d,nn.ConvTranspose1d,nn.ConvTranspose2d,nn.ConvTranspose3d
@@ -161,12 +161,17 @@ def rounded_by(step:Step, # What made a tensor, or None
 def place_roundings(steps:list, # From `follow`
           layers, # Modules that are to be quantized
           all_outputs=(), # Modules whose outputs are rounded in any case
+          own_inputs=(), # Modules whose inputs are rounded in any case
+          untouched=(), # Modules whose outputs are not rounded
          )->tuple: # Two dicts, module -> calls in a forward pass: whose inputs, and whose outputs, are rounded
     "Apply the rules"
     calls = [s for s in steps if s.module in layers]
     ends = [fused_chain(s)[-1] for s in calls if isinstance(s.module, _convs)]
     ends += [s for s in steps if isinstance(s.module, _relus) and s.sources and s.sources[0] and not s.sources[0].module and not norm_of(s.sources[0])]
-    outputs = {s.module for s in ends if s.module and s.users and not s.is_result and not all(u.op in ('relu','relu_') for u in s.users)}|set(all_outputs)
-    inputs = {s.module for s in calls if not isinstance(s.module, nn.Embedding) and (isinstance(s.module, nn.MultiheadAttention) or not rounded_by(s.sources[0], outputs))}
+    held = {s.module for s in steps if s.module and 'output_range' in s.module._buffers}
+    outputs = {s.module for s in ends if s.module and s.users and not s.is_result and not all(u.op in ('relu','relu_') for u in s.users)}
+    outputs = (outputs-set(untouched)|set(all_outputs))-held
+    def rounds_itself(s): return isinstance(s.module, nn.MultiheadAttention) or s.module in own_inputs or not rounded_by(s.sources[0], outputs|held)
+    inputs = {s.module for s in calls if not isinstance(s.module, nn.Embedding) and rounds_itself(s)}
     n_calls = {s.module:s.call+1 for s in steps}
     return {m:n_calls[m] for m in inputs},{m:n_calls.get(m, 1) for m in outputs}
