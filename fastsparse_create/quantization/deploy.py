@@ -36,7 +36,7 @@ def dequantize(codes:Tensor, scales:Tensor, axis:int)->Tensor:
 @dequantize.register_fake
 def _(codes, scales, axis): return torch.empty_like(codes, dtype=scales.dtype)
 
-# %% ../../nbs/09e_quantization.deploy.ipynb #cb87bdc2
+# %% ../../nbs/09e_quantization.deploy.ipynb #b70b1a2c
 class _Int8:
     "A layer with codes for weights, and constants for ranges"
     def _input(self, x, row=None): return _round(self, 'input', x, row)
@@ -45,7 +45,8 @@ class _Int8:
 
 def _round(module, kind, x, row=None):
     constants = module.constants.get(kind)
-    return _rounded(x, module.scheme, kind, constants[next_call(module, kind, len(constants)) if row is None else row]) if constants else x
+    qparams = constants and constants[next_call(module, kind, len(constants)) if row is None else row]
+    return _rounded(x, module.scheme, kind, qparams) if qparams else x
 
 def _rounded(x, scheme, kind, qparams):
     args = getattr(scheme, f'{kind}_activations')
@@ -96,11 +97,11 @@ class ChannelAffine(nn.Module):
 _int8_types = {QuantLinear:Int8Linear, QuantConv1d:Int8Conv1d, QuantConv2d:Int8Conv2d, QuantConv3d:Int8Conv3d, QuantConvTranspose1d:Int8ConvTranspose1d, QuantConvTranspose2d:Int8ConvTranspose2d,
                QuantConvTranspose3d:Int8ConvTranspose3d, QuantEmbedding:Int8Embedding, QuantMultiheadAttention:Int8MultiheadAttention}
 
-# %% ../../nbs/09e_quantization.deploy.ipynb #a58d9392
+# %% ../../nbs/09e_quantization.deploy.ipynb #401959ad
 def deploy_copy(model, # Quantized model or `Learner`; is not changed
                 example, # A tensor, a tuple of arguments or a dict of keyword arguments
                )->nn.Module: # In evaluation mode, without masks and batch norms
-    "A copy of a quantized model whose weights are integers; raises `ValueError` if it is not quantized"
+    "A copy of a quantized model whose weights are integers; raises `ValueError` if it is not quantized, or not calibrated"
     model = unwrap_model(getattr(model, 'model', model))
     if not is_quantized(model): raise ValueError("deploy_copy: the model is not quantized, quantize_ it first")
     floats = [n for n,m in quantized_modules(model).items() if isinstance(m, QuantizedLayer) and not m.scheme.weights]
@@ -109,6 +110,7 @@ def deploy_copy(model, # Quantized model or `Learner`; is not changed
     steps = follow(model, example)
     uses = Counter(m for s in steps for m in {s.module,norm_of(s)} if m is not None)
     modules = quantized_modules(model).values()
+    _check_observed(model, {s.module for s in steps})
     for m in modules: m.constants = {k:_constants(m, k) for k in ('input','output') if f'{k}_range' in m._buffers}
     outputs = [m for m in modules if 'output' in m.constants]
     for s in [s for s in steps if isinstance(s.module, QuantizedLayer) and s.call==0]: _deploy(s, uses, outputs)
@@ -118,10 +120,15 @@ def deploy_copy(model, # Quantized model or `Learner`; is not changed
         for k in [k for k,f in m._forward_hooks.items() if f is quantize_output]: m._forward_hooks[k] = _round_output
     return model.requires_grad_(False)
 
+def _check_observed(model, called):
+    for n,m in quantized_modules(model).items():
+        if m in called and 'input_range' in m._buffers and not m.input_range[:,2].any(): raise ValueError(f"deploy_copy: {n!r} has seen no activations yet, calibrate_ the model first")
+
 def _constants(module, kind):
-    "Scale and zero point of each row, as numbers"
+    "Scale and zero point of each row, as numbers; None where nothing was observed"
     args = getattr(module.scheme, f'{kind}_activations')
-    return [(s.item(),int(z)) for s,z in (activation_qparams(row, args) for row in module._buffers[f'{kind}_range'])]
+    def numbers(scale, zero_point): return scale.item(),int(zero_point)
+    return [numbers(*activation_qparams(row, args)) if row[2]>0 else None for row in module._buffers[f'{kind}_range']]
 
 def _deploy(step, uses, outputs):
     "Fold what follows a layer, then make it integer"
@@ -129,7 +136,7 @@ def _deploy(step, uses, outputs):
     if isinstance(layer, nn.MultiheadAttention): return _deploy_attention(layer)
     source = rounded_by(step.sources[0] if step.sources else None, outputs)
     constants = layer.constants.get('input') or (source and [source.module.constants['output'][source.call]])
-    _deploy_weights(layer, _foldable(step, uses), constants[0][0] if constants and uses[layer]==1 else None)
+    _deploy_weights(layer, _foldable(step, uses), constants if uses[layer]==1 else None)
 
 def _foldable(step, uses):
     "The batch norm that sees the channels of this layer and nothing else; None if there is none"
@@ -141,8 +148,8 @@ def _foldable(step, uses):
     return norm if isinstance(layer, nn.modules.conv._ConvNd) and not (layer.transposed and layer.groups>1) else None
 
 @torch.no_grad()
-def _deploy_weights(layer, norm=None, input_scale=None):
-    "Exchange weight and bias for codes"
+def _deploy_weights(layer, norm=None, inputs=None):
+    "Exchange weight and bias for codes; those of the bias need to know what `inputs` are rounded to"
     scheme,axis = layer.scheme,layer.channel_axis
     layer.__class__ = _int8_types[type(layer)]
     codes,scales = _codes(in_float(layer.weight), scheme.weights, axis)
@@ -153,7 +160,8 @@ def _deploy_weights(layer, norm=None, input_scale=None):
         codes *= factor.sign().view([-1 if d==axis else 1 for d in range(codes.ndim)])
         scales = torch.where(factor!=0, scales*factor.abs(), 1.)
         _replace(norm, Folded)
-    if bias is not None and input_scale:
+    if bias is not None and inputs and inputs[0] and len(bias)==len(scales):  # transposed convolutions in groups have fewer scales
+        input_scale = inputs[0][0]
         coarse = bias.abs()/(input_scale*2**30)  # where weights are next to nothing, their scale would be too fine for the bias
         codes = torch.where(_along(coarse>scales, codes, axis), 0., codes)
         scales = torch.maximum(scales, coarse)
@@ -193,7 +201,7 @@ def _replace(norm, cls, **buffers):
 @torch.no_grad()
 def _deploy_attention(layer):
     weights = [layer.in_proj_weight.chunk(3)[i] if layer._qkv_same_embed_dim else getattr(layer, f'{n}_proj_weight') for i,n in enumerate('qkv')]
-    _deploy_weights(layer.out_proj, None, layer.out_proj.constants['input'][0][0] if 'input' in layer.out_proj.constants else None)
+    _deploy_weights(layer.out_proj, inputs=layer.out_proj.constants.get('input'))
     layer.__class__ = Int8MultiheadAttention
     for i,w in enumerate(weights):
         codes,scales = _codes(in_float(w), layer.scheme.weights, 0)
