@@ -1922,6 +1922,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                  'fastsparse_create/quantization/convert.py'),
                                                         'fastsparse_create.quantization.convert._apply_plan': ( 'quantization.convert.html#_apply_plan',
                                                                                                                 'fastsparse_create/quantization/convert.py'),
+                                                        'fastsparse_create.quantization.convert._device': ( 'quantization.convert.html#_device',
+                                                                                                            'fastsparse_create/quantization/convert.py'),
                                                         'fastsparse_create.quantization.convert._entries': ( 'quantization.convert.html#_entries',
                                                                                                              'fastsparse_create/quantization/convert.py'),
                                                         'fastsparse_create.quantization.convert._finish': ( 'quantization.convert.html#_finish',

@@ -8,9 +8,11 @@ from fastai.callback.training import GradientAccumulation,GradientClip
 from fastai.callback.tracker import SaveModelCallback
 from fastai.vision.all import ImageDataLoaders,xresnet18
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 from fastsparse_create.callback.pruning import *
 from fastsparse_create.callback.quantization import *
+from fastsparse_create.callback.structured import *
 from fastsparse_create.create.manager import *
 from fastsparse_create.export.onnx import *
 from fastsparse_create.masking import *
@@ -19,6 +21,7 @@ from fastsparse_create.quantization.core import *
 from fastsparse_create.quantization.deploy import *
 from fastsparse_create.quantization.layers import *
 from fastsparse_create.sparsify import *
+from fastsparse_create.thinning import *
 
 def digits(bs=32, n=256):
     from sklearn.datasets import load_digits
@@ -390,3 +393,200 @@ def test_broken_batches_do_not_spoil_ranges():
     for n,b in model.named_buffers():
         if n.endswith('_range'): assert b.isfinite().all()
     assert model[0].input_range.equal(before['0.input_range'])
+
+# activations that backward computes again
+
+class Checkpointed(nn.Module):
+    def __init__(self, how=None, shared=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how,self.stem,self.block1,self.head = how,nn.Conv2d(1,16,3,padding=1),Block(16),nn.Linear(16,10)
+        self.block2 = self.block1 if shared else Block(16)
+    def forward(self, x):
+        x = self.stem(x)
+        for b in (self.block1,self.block2): x = b(x) if self.how is None else checkpoint(b, x, use_reentrant=self.how=='reentrant')
+        return self.head(x.mean((2,3)))
+
+@pytest.mark.parametrize('how', ['reentrant','by hooks'])
+@pytest.mark.parametrize('shared', [False,True])
+def test_checkpointing_changes_nothing(how, shared):
+    found = []
+    for h in (None,how):
+        model = Checkpointed(h, shared).train()
+        quantize_(model, x)
+        for i in range(3):
+            model.zero_grad()
+            F.cross_entropy(model(x*(i+1)), torch.arange(64)%10).backward()
+        found.append([p.grad for p in model.parameters()]+[m.get_buffer(k) for m in quantized_modules(model).values() for k in ('input_range','output_range') if k in m._buffers])
+    assert all(a.equal(b) for a,b in zip(*found))
+
+# which layers
+
+def two_blocks():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1,16,3), Block(16), Block(16), nn.Flatten(), nn.Linear(576,10)).eval()
+
+@pytest.mark.parametrize('kwargs', [dict(submodules=['1']), dict(ignore=['2','0','4']), dict(ignore=['re:[024]'])])
+def test_nothing_is_rounded_outside(kwargs):
+    model = two_blocks()
+    quantize_(model, x, **kwargs)
+    assert {n.split('.')[0] for n in quantized_modules(model)}=={'1'}
+
+def test_a_class_stands_for_what_is_in_it():
+    model = two_blocks()
+    quantize_(model, x, ignore=['Block'])
+    assert set(quantized_modules(model))=={'0','4'}
+    model = two_blocks()
+    quantize_(model, x, scheme_overrides={'Block':{'weights':{'num_bits':4}}, '2':'tensorrt'})
+    assert model[1].conv1.scheme.weights.num_bits==4 and model[2].conv1.scheme.input_activations.symmetric
+
+def test_activations_stay_where_they_are_ignored():
+    model = two_blocks()
+    quantize_(model, x, ignore=['ReLU'])
+    assert not [n for n in quantized_modules(model) if n.endswith('relu')] and {'1.conv2','2.conv1'}<=set(quantized_modules(model))
+
+def test_a_model_is_quantized_in_two_steps():
+    model,whole = two_blocks(),two_blocks()
+    quantize_(model, x, submodules=['0','1'])
+    quantize_(model, x, submodules=['2','4'])
+    quantize_(whole, x)
+    assert set(quantized_modules(model))==set(quantized_modules(whole))
+    for m in quantized_modules(model).values(): assert len(m._forward_hooks)<=1 and len(m._load_state_dict_pre_hooks)==1
+    assert (model(x)-whole(x)).norm()<=.03*whole(x).norm()
+    assert (deploy_copy(model, x)(x)-model(x)).norm()<=.01*model(x).norm()
+
+def test_a_layer_that_wants_other_integers_rounds_for_itself():
+    model = two_blocks()
+    rows = {r.layer:r.inputs for r in quantize_(model, x, scheme_overrides={'1.conv2':{'input_activations':{'num_bits':4}}}).rows}
+    assert rows['1.conv2']=='uint4' and rows['2.conv2']==''
+    seen = []
+    handle = model[1].conv2.register_forward_pre_hook(lambda m,i: seen.append(m._input(i[0])))
+    model(x), handle.remove()
+    assert len(seen[0].unique())<=16
+
+def test_weights_outside_of_layers_are_reported():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w,self.drop,self.head = nn.Parameter(torch.randn(8,8)),nn.Dropout(.1),nn.Linear(8,3)
+        def forward(self, x): return self.head(self.drop(x@self.w))
+    report = quantize_(nn.Sequential(Own()), torch.randn(2,8))
+    assert {r.layer:r.why_not for r in report.rows}=={'0':'Own is not supported', '0.head':''}
+
+@pytest.mark.parametrize('dtype', [torch.half,torch.bfloat16])
+def test_half_precision_is_refused(dtype):
+    model = net().to(dtype)
+    with pytest.raises(ValueError, match='half precision'): quantize_(model, x.to(dtype))
+    assert not is_quantized(model)
+
+def test_models_without_data():
+    with torch.device('meta'): model,xm = net(),torch.empty(4,1,8,8)
+    quantize_(model, xm)
+    assert all(b.is_meta for b in model.buffers()) and model(xm).shape==(4,10)
+
+def test_wrong_arguments_change_nothing():
+    model = net()
+    for error,kwargs in ((TypeError,dict(ignore=3)), (TypeError,dict(ignore=[3])), (TypeError,dict(scheme_overrides=['3'])), (ValueError,dict(submodules=['3.conv'])), (ValueError,dict(ignore='re:(')), (TypeError,dict(scheme=8))):
+        with pytest.raises(error): quantize_(model, x, **kwargs)
+    with pytest.raises(ValueError, match='run on the example'): quantize_(model, x[0,0])
+    assert not is_quantized(model) and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+def test_one_modifier():
+    with pytest.raises(ValueError, match='give one'): learner().fit(1, cbs=[QuantizationModifier(0., submodules=['0']), QuantizationModifier(0., submodules=['3'])])
+
+# embeddings, transposed convolutions, attention
+
+def test_an_embedding_with_one_scale_has_that_of_the_table():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20,8), nn.Flatten(), nn.Linear(24,4)).eval()
+    with torch.no_grad(): model[0].weight[19] *= 50
+    i = torch.randint(0,19,(5,3))
+    quantize_(model, i, {'weights':{'strategy':'tensor'}})
+    assert model[0](i).equal(model[0](torch.cat([i, torch.full((1,3),19)]))[:5])
+    assert deploy_copy(model, i)[0](i).equal(model[0](i))
+
+@pytest.mark.parametrize('groups', [1,2,4])
+@pytest.mark.parametrize('bias', [True,False])
+def test_transposed_convolutions_are_deployed(groups, bias, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1,4,3), nn.BatchNorm2d(4), nn.ReLU(), nn.ConvTranspose2d(4,8,3,groups=groups,bias=bias), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,2,1)).eval()
+    quantize_(model, x)
+    assert (deploy_copy(model, x)(x)-model(x)).norm()<=.01*model(x).norm()
+    assert export_onnx(model, tmp_path/'m.onnx', x, int8=True).rel_rms<=.01
+
+def test_what_was_not_observed_is_not_rounded():
+    torch.manual_seed(0)
+    attention,s,t = nn.MultiheadAttention(8,2,batch_first=True).eval(),torch.randn(3,5,8),torch.randn(3,7,8)
+    quantize_(attention, (s,s,s))
+    assert torch.allclose(deploy_copy(attention, (s,s,s))(s,t,t)[0], attention(s,t,t)[0], atol=1e-6)
+    model = net().eval()
+    quantize_(model)
+    with pytest.raises(ValueError, match='calibrate_ the model first'): deploy_copy(model, x)
+    with pytest.raises(ValueError, match='no batch'): calibrate_(model, [])
+
+# more files
+
+def test_modules_with_two_names_are_restored(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        conv = nn.Conv2d(8,8,3,padding=1)
+        return nn.Sequential(nn.Conv2d(1,8,3), conv, nn.ReLU(), conv, nn.ReLU()).eval()
+    model = make()
+    quantize_(model, x)
+    torch.save(model.state_dict(), tmp_path/'m.pth')
+    assert quantized_from_file(make(), tmp_path/'m.pth')(x).equal(model(x))
+
+def test_a_buffer_that_is_called_a_mask_is_none(tmp_path):
+    class Masked(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.register_buffer('attn_mask', torch.ones(4).bool())
+    def make(): return nn.Sequential(Masked(), nn.Linear(4,2))
+    model = make()
+    with torch.no_grad(): model[1].weight[0,0] = 0
+    quantize_(model, torch.randn(3,4))
+    torch.save(model.state_dict(), tmp_path/'m.pth')
+    assert not masked_params(quantized_from_file(make(), tmp_path/'m.pth'))
+
+def test_another_scheme_is_refused():
+    a,b = net(),net()
+    quantize_(a, x, 'tensorrt'), quantize_(b, x)
+    with pytest.raises(RuntimeError, match='another scheme'): b.load_state_dict(a.state_dict())
+
+def _bytes(*rows): return torch.tensor(rows, dtype=torch.uint8)
+
+@pytest.mark.parametrize('damage', [
+    {'0.quantization':torch.zeros(2,2,dtype=torch.uint8)}, {'0.quantization':torch.zeros(3,4)}, {'0.quantization':3}, {'0.quantization':_bytes(*[[255]*4]*3)}, {'0.quantization':_bytes([8,0,0,0],[8,0,1,0],[0]*4)},
+    {'0.input_range':torch.zeros(1,3).expand(10**10,3)}, {'0.input_range':torch.zeros(2,4)}, {'0.input_range':torch.zeros(3)}, {'0.input_range':torch.zeros(0,3)}, {'6.output_range':torch.zeros(1,3)},
+    {'3.bn2.input_range':torch.zeros(1,3)}, {'6.weight':torch.zeros(3,3)}, {'more':torch.zeros(1)}, {'6.weight_mask':torch.zeros(3,3).bool()}, {'6.none_mask':torch.zeros(3,3).bool()}, {'3.conv1.weight':None}])
+def test_damaged_files_change_nothing(damage, tmp_path):
+    model = net()
+    quantize_(model, x)
+    torch.save({k:v for k,v in {**model.state_dict(), **damage}.items() if v is not None}, tmp_path/'m.pth')
+    fresh = net()
+    with pytest.raises(ValueError, match='m.pth'): quantized_from_file(fresh, tmp_path/'m.pth')
+    assert not is_quantized(fresh) and not masked_params(fresh) and list(fresh.state_dict())==list(net().state_dict())
+    assert all(a.equal(b) for a,b in zip(fresh.state_dict().values(), net().state_dict().values()))
+
+# with other ways of making models smaller
+
+@pytest.mark.parametrize('start', [0.,1.,2.5])
+def test_channels_removed_and_quantized(start, tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(1,16,3,padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2), Block(16), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16,10))
+    learn = learner(make())
+    learn.fit(3, cbs=[StructuredPruningModifier(0.,.5,0.,2.,.5), LayerThinningModifier(update_epochs=[2.]), QuantizationModifier(start)])
+    model = learn.model.eval()
+    assert model[0].out_channels==8 and is_quantized(model)
+    assert export_onnx(model, tmp_path/'m.onnx', x, int8=True).rel_rms<=.03
+    torch.save(model.state_dict(), tmp_path/'m.pth')
+    fresh = make()
+    thin_like(fresh, tmp_path/'m.pth'), quantized_from_file(fresh, tmp_path/'m.pth')
+    assert fresh.eval()(x).equal(model(x))
+
+def test_a_switch_after_the_first_epoch_of_many_processes(tmp_path):
+    torch.distributed.init_process_group('gloo', init_method=f"file://{tmp_path/'init'}", rank=0, world_size=1)
+    try: (learn := learner()).fit(2, cbs=QuantizationModifier(1.5))
+    finally: torch.distributed.destroy_process_group()
+    assert is_quantized(learn.model)

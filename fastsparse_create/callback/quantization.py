@@ -15,14 +15,14 @@ from ..quantization.convert import *
 from ..quantization.core import *
 from ..schedule import *
 
-# %% ../../nbs/14_callback.quantization.ipynb #a4068c34
+# %% ../../nbs/14_callback.quantization.ipynb #ce446448
 class QuantizationModifier(Modifier):
     "Quantization-aware training from `start_epoch` on; it can't be undone, so there is no end ([Jacob et al., 2018](https://arxiv.org/abs/1712.05877))"
     def __init__(self,
                  start_epoch:float=-1., # Epoch to start at, fractions allowed; 0 or negative: before the first batch
                  scheme=None, # `default`, `deepsparse`, `tensorrt`, `reduce_range`, or a dict of the fields of `QuantizationScheme`
-                 scheme_overrides:dict=None, # Layer, by prefix of its name or by class -> its scheme
-                 ignore:list=None, # Layers to leave alone, by prefix, class or `re:...`
+                 scheme_overrides:dict=None, # Layer, or module, by name or class -> scheme of what is in it
+                 ignore:list=None, # Layers to leave alone, by name, class or `re:...`; or modules with all in them
                  submodules:list=None, # Modules whose layers are quantized; default: all
                  disable_quantization_observer_epoch:float=None, # Epoch from which ranges of activations stay; default: never
                  freeze_bn_stats_epoch:float=None, # Epoch from which statistics of batch norms stay; default: never
@@ -55,7 +55,7 @@ class QuantizationModifier(Modifier):
         if num_calibration_steps is not None: check_number(self, 'num_calibration_steps', num_calibration_steps, 1)
         for name in ('strict','reduce_range','tensorrt','quantize_embeddings'): check_bool(self, name, getattr(self, name))
         for name in ('ignore','submodules','exclude_module_types'): _check_names(self, name, getattr(self, name))
-        self._scheme,self._overrides = self._checked_scheme(),{k:as_scheme(v) for k,v in (scheme_overrides or {}).items()}
+        self._scheme,self._overrides = self._checked_scheme(),as_schemes(scheme_overrides)
 
     def _checked_scheme(self):
         shorthand = self.reduce_range or self.tensorrt or (self.activation_bits,self.weight_bits)!=(8,8)
@@ -72,6 +72,7 @@ class QuantizationModifier(Modifier):
 
     def before_fit(self):
         super().before_fit()
+        if sum(isinstance(cb, QuantizationModifier) for cb in self.learn.cbs)>1: raise ValueError("QuantizationModifier: give one, a second would find the model quantized; scheme_overrides, ignore and submodules tell layers apart")
         if self.run and is_quantized(self.model): self._stop_mixed_precision()
 
     def fit_starts(self):
