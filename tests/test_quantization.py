@@ -471,7 +471,7 @@ def test_weights_outside_of_layers_are_reported():
             self.w,self.drop,self.head = nn.Parameter(torch.randn(8,8)),nn.Dropout(.1),nn.Linear(8,3)
         def forward(self, x): return self.head(self.drop(x@self.w))
     report = quantize_(nn.Sequential(Own()), torch.randn(2,8))
-    assert {r.layer:r.why_not for r in report.rows}=={'0':'Own is not supported', '0.head':''}
+    assert {r.layer:r.why_not for r in report.rows}=={'0':'what it has of its own stays in floats: w', '0.head':''}
 
 @pytest.mark.parametrize('dtype', [torch.half,torch.bfloat16])
 def test_half_precision_is_refused(dtype):
@@ -483,6 +483,15 @@ def test_models_without_data():
     with torch.device('meta'): model,xm = net(),torch.empty(4,1,8,8)
     quantize_(model, xm)
     assert all(b.is_meta for b in model.buffers()) and model(xm).shape==(4,10)
+
+def test_quantized_in_inference_mode():
+    model = net().eval()
+    with torch.inference_mode():
+        quantize_(model, x)
+        expected = model(x).clone()
+    assert model(x).equal(expected)
+    model.train()(x).sum().backward()
+    assert model[0].input_range[0,2]==2
 
 def test_wrong_arguments_change_nothing():
     model = net()

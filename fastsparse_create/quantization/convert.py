@@ -111,12 +111,13 @@ def mean_over_ranks_(model:nn.Module):
     torch.distributed.all_reduce(flat)
     for r,mean in zip(ranges, flat.div_(torch.distributed.get_world_size()).split([r.numel() for r in ranges])): r.copy_(mean.view_as(r))
 
-# %% ../../nbs/09d_quantization.convert.ipynb #dd32b489
+# %% ../../nbs/09d_quantization.convert.ipynb #39bea291
 def _finish(model):
     "What a model needs when its layers are quantized"
     with no_shortcuts(model, keep=True): pass
     if any('calls' in m.__dict__ for m in model.modules()) and reset_calls not in model._forward_pre_hooks.values(): model.register_forward_pre_hook(reset_calls)
 
+@torch.inference_mode(False) # buffers of inference can't be trained
 def quantize_(model, # Model or `Learner` to change
               example=None, # What the model is called with: a tensor, a tuple of arguments or a dict of keyword arguments; default for a `Learner`: a batch of its training set
               scheme='default', # Name of one of `schemes`, dict of the fields of a `QuantizationScheme`, or one
@@ -157,6 +158,8 @@ def _with_weights(model):
 def _reason(module, is_ignored, called):
     "Why a layer is left as it is"
     if is_ignored: return "ignored"
+    own = [n for n,p in module.named_parameters(recurse=False) if p.ndim>1]
+    if own and type(module) not in quantized_types and any(True for _ in module.children()): return f"what it has of its own stays in floats: {', '.join(own)}"
     return why_not_quantized(module) or ("the example doesn't call it" if called is not None and module not in called else '')
 
 def _placement(model, steps, plan, scheme, untouched):
@@ -185,7 +188,7 @@ def _first_inputs(learn):
     batch = learn.dls.one_batch()
     return tuple(batch[:learn.dls.n_inp]) if isinstance(batch, (tuple,list)) else batch
 
-# %% ../../nbs/09d_quantization.convert.ipynb #60b7a090
+# %% ../../nbs/09d_quantization.convert.ipynb #613fcfda
 def quantized_from_file(model, # A model, or `Learner`, of the architecture that was saved, before it was quantized
                         file, # Path of a file from `torch.save(model.state_dict())` or `learn.save`
                        ): # `model`
@@ -205,6 +208,7 @@ def quantized_from_file(model, # A model, or `Learner`, of the architecture that
         raise
     return model
 
+@torch.inference_mode(False)
 def quantize_like(model:nn.Module, # Of the architecture of `state`, before it was quantized
                   state:dict, # State dict of a quantized model
                   where:str='state', # What to call it in messages
