@@ -63,7 +63,7 @@ def variants(name, folder, levels):
     for level in levels:
         small = thinned(model, 1-level_sparsity(level))
         res[f'level {level}, fp32'] = export_onnx(small, folder/f'fp32_{level}.onnx', x)
-        res[f'level {level}, INT8'] = export_onnx(quantized(small, x, few_inputs(small)), folder/f'int8_{level}.onnx', x, int8=True)
+        res[f'level {level}, INT8'] = export_onnx(quantized(small, x, few_inputs(small, x[:2])), folder/f'int8_{level}.onnx', x, int8=True)
     return res
 
 def main():

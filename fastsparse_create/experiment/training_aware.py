@@ -6,7 +6,7 @@
 __all__ = ['targets', 'parse_optim_level', 'level_sparsity', 'pruners', 'promised_sparsity', 'check_promise', 'Run',
            'TrainingAware', 'few_inputs', 'training_aware']
 
-# %% ../../nbs/42_experiment.training_aware.ipynb #93483254
+# %% ../../nbs/42_experiment.training_aware.ipynb #200ae5da
 import itertools,tempfile,time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from .use_case import *
 from ..export.onnx import *
 from ..masking import *
 from ..quantization.convert import *
+from ..quantization.placement import *
 from ..recipe.compile import *
 from ..recipe.generate import *
 from ..report import *
@@ -81,7 +82,7 @@ def check_promise(promised:dict, # Name -> sparsity
         raise RuntimeError(f"the recipe promises a sparsity of {expected:.2%}, the saved weights have {measured:.2%}")
     return measured
 
-# %% ../../nbs/42_experiment.training_aware.ipynb #0e6d1443
+# %% ../../nbs/42_experiment.training_aware.ipynb #44e33b04
 @dataclass
 class Run:
     "A training that is over"
@@ -119,12 +120,12 @@ class TrainingAware:
         self.options = make_options(self.case.options, parse_kwargs(train_kwargs))
         self.data = self.case.load(data, seed, train_samples, val_samples)
         self.is_given = recipe is not None
-        with no_random(seed): model = self._network()
-        self.recipe,self.recipe_text = _read(recipe, recipe_args) if self.is_given else _generate(self.optim_level, target, epochs or self.data.epochs, recipe_args, model)
+        with no_random(seed): model,example = self._network(),self._example(self.case.dls(self.data, self.options))[:2]
+        self.recipe,self.recipe_text = _read(recipe, recipe_args) if self.is_given else _generate(self.optim_level, target, epochs or self.data.epochs, recipe_args, model, example)
         if epochs not in (None,self.epochs): raise ValueError(f"epochs {epochs}: the recipe trains for {self.epochs}; change its variables by recipe_args, or leave epochs out")
         self.can_export = not _missing()
         if self.has(QuantizationModifier) and not self.can_export: raise ValueError(f"INT8 files need {' and '.join(_missing())}: pip install fastsparse_create[onnx], or use optim_level 0")
-        if self.has(StructuredPruningModifier): self._check_channels(model)
+        if self.has(StructuredPruningModifier): self._check_channels(model, example)
         self.promised = promised_sparsity(self.recipe, model)
         self.counted = list(self.promised or prunable(model))
         self.arch = arch_name(self.model, self.options.arch)
@@ -145,8 +146,8 @@ class TrainingAware:
         if self.is_given and not pruners(self.recipe): given.append("It prunes nothing.")
         return given if self.can_export else [*given, f"No ONNX file was written: that needs {' and '.join(_missing())}, pip install fastsparse_create[onnx]."]
 
-    def _check_channels(self, model):
-        with no_random(self.seed): graph = ChannelGraph(model, self._example(self.case.dls(self.data, self.options))[:2])
+    def _check_channels(self, model, example):
+        graph = ChannelGraph(model, example)
         if not graph.removable: raise ValueError(f"no channels of {self.model} can be removed{why_none(graph)}")
 
     def _find_metric(self, name):
@@ -245,20 +246,28 @@ def _read(path, args):
     if recipe.max_epochs<1: raise ValueError(f"{path}: the recipe says nothing about its length: add an EpochRangeModifier")
     return recipe,str(recipe)
 
-def _generate(level, target, epochs, args, model):
+def _generate(level, target, epochs, args, model, example):
     "A recipe for an optim level, and its text"
     if level:
         for_ort = target=='onnxruntime'
-        text = generate_recipe(level_sparsity(level), epochs, int8=True, channels=for_ort, float_layers=few_inputs(model) if for_ort else ())
+        text = generate_recipe(level_sparsity(level), epochs, int8=True, channels=for_ort, float_layers=few_inputs(model, example) if for_ort else ())
         recipe = Recipe.from_string(text, args)
         return recipe,str(recipe) if args else text
     if args: raise ValueError(f"recipe_args: optim level 0 changes nothing, so that there is no recipe to change")
     recipe = Recipe.from_modifiers(EpochRangeModifier(0., epochs))
     return recipe,str(recipe)
 
-def few_inputs(model:nn.Module)->list: # Names
+def few_inputs(model:nn.Module, # Any model
+               example, # What it takes
+              )->list: # Names
     "Convolutions on so few channels that integer kernels are slower than those in floats: the first one, mostly"
-    return [n for n,m in model.named_modules() if isinstance(m, nn.Conv2d) and m.in_channels<=4 and m.groups==1]
+    steps = [s for s in follow(model, example) if type(s.module) is nn.Conv2d and s.module.in_channels<=4 and s.module.groups==1]
+    return [s.name for s in steps if not _feeds_one_pooled(s)]
+
+def _feeds_one_pooled(conv):
+    "Does only one layer read it, through a max pooling? ONNX Runtime would pool its rounded output, for which it has no fast kernel"
+    pool = fused_chain(conv)[-1].sole_user
+    return pool is not None and pools_maxima(pool) and len(pool.users)==1
 
 def _dense_part(recipe):
     "`recipe` without what makes the model smaller, of the same length"

@@ -97,7 +97,7 @@ class ChannelAffine(nn.Module):
 _int8_types = {QuantLinear:Int8Linear, QuantConv1d:Int8Conv1d, QuantConv2d:Int8Conv2d, QuantConv3d:Int8Conv3d, QuantConvTranspose1d:Int8ConvTranspose1d, QuantConvTranspose2d:Int8ConvTranspose2d,
                QuantConvTranspose3d:Int8ConvTranspose3d, QuantEmbedding:Int8Embedding, QuantMultiheadAttention:Int8MultiheadAttention}
 
-# %% ../../nbs/09e_quantization.deploy.ipynb #401959ad
+# %% ../../nbs/09e_quantization.deploy.ipynb #adf56e72
 def deploy_copy(model, # Quantized model or `Learner`; is not changed
                 example, # A tensor, a tuple of arguments or a dict of keyword arguments
                )->nn.Module: # In evaluation mode, without masks and batch norms
@@ -112,6 +112,7 @@ def deploy_copy(model, # Quantized model or `Learner`; is not changed
     modules = quantized_modules(model).values()
     _check_observed(model, {s.module for s in steps})
     for m in modules: m.constants = {k:_constants(m, k) for k in ('input','output') if f'{k}_range' in m._buffers}
+    _keep_apart(steps)
     outputs = [m for m in modules if 'output' in m.constants]
     for s in [s for s in steps if isinstance(s.module, QuantizedLayer) and s.call==0]: _deploy(s, uses, outputs)
     for m in [m for m in modules if type(m) in _int8_types]: _deploy_weights(m)  # those that the example doesn't call
@@ -119,6 +120,12 @@ def deploy_copy(model, # Quantized model or `Learner`; is not changed
         if type(m) in norms: _make_affine(m)
         for k in [k for k,f in m._forward_hooks.items() if f is quantize_output]: m._forward_hooks[k] = _round_output
     return model.requires_grad_(False)
+
+def _keep_apart(steps):
+    "ONNX Runtime merges equal roundings behind a max pooling and moves them in front of it, where its kernel is slow; so their scales differ in the last place"
+    for pool in [s for s in steps if pools_maxima(s)]:
+        readers = dict.fromkeys(u.module for u in pool.users if 'input' in getattr(u.module, 'constants', ()))
+        for i,m in enumerate(readers): m.constants['input'] = [c and (c[0]*(1+i*2**-22),c[1]) for c in m.constants['input']]
 
 def _check_observed(model, called):
     for n,m in quantized_modules(model).items():
