@@ -9,7 +9,7 @@ __all__ = ['generate_recipe']
 from .expression import RecipeError
 from .compile import *
 
-# %% ../../nbs/23_recipe.generate.ipynb #e8351ef2
+# %% ../../nbs/23_recipe.generate.ipynb #c6246343
 _head = '''# Trains for {num_epochs} epochs{result}.
 version: 1.1.0
 
@@ -80,7 +80,7 @@ def generate_recipe(sparsity:float, # Final share of zeros, in (0,1); None: no p
     if num_epochs<1: raise ValueError(f"num_epochs must be at least 1, got {num_epochs}")
     if channels and (mask_type!='unstructured' or global_sparsity): raise ValueError("channels: whole channels are chosen by the FLOPs of all layers, leave mask_type and global_sparsity out")
     params = params if isinstance(params, str) else [str(p) for p in params]
-    percent = sparsity and round(sparsity*100, 2)
+    percent = sparsity and f'{sparsity*100:.4g}'
     ends = [f'without {percent} % of its FLOPs' if channels else f'with {percent} % of the weights at zero'] if sparsity else []
     parts = [_head.format(num_epochs=num_epochs, result=' and ends '+', '.join(ends+['in 8-bit integers']*int8) if ends or int8 else '')]
     if sparsity: parts.append(_pruning_variables.format(sparsity=sparsity, what='the FLOPs that go, with whole channels' if channels else 'zeros in each pruned layer', end=.5 if channels else .6 if int8 else .7))
