@@ -459,6 +459,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                            'fastsparse_create/callback/quantization.py'),
                                                          'fastsparse_create.callback.quantization.QuantizationModifier.__init__': ( 'callback.quantization.html#quantizationmodifier.__init__',
                                                                                                                                     'fastsparse_create/callback/quantization.py'),
+                                                         'fastsparse_create.callback.quantization.QuantizationModifier._averages': ( 'callback.quantization.html#quantizationmodifier._averages',
+                                                                                                                                     'fastsparse_create/callback/quantization.py'),
                                                          'fastsparse_create.callback.quantization.QuantizationModifier._calibrate': ( 'callback.quantization.html#quantizationmodifier._calibrate',
                                                                                                                                       'fastsparse_create/callback/quantization.py'),
                                                          'fastsparse_create.callback.quantization.QuantizationModifier._checked_scheme': ( 'callback.quantization.html#quantizationmodifier._checked_scheme',

@@ -8,6 +8,7 @@ from fastai.callback.training import GradientAccumulation,GradientClip
 from fastai.callback.tracker import SaveModelCallback
 from fastai.vision.all import ImageDataLoaders,xresnet18
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 from fastsparse_create.callback.pruning import *
@@ -499,6 +500,23 @@ def test_wrong_arguments_change_nothing():
         with pytest.raises(error): quantize_(model, x, **kwargs)
     with pytest.raises(ValueError, match='run on the example'): quantize_(model, x[0,0])
     assert not is_quantized(model) and not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+@pytest.mark.parametrize('use_buffers', [False,True])
+def test_running_averages_follow(use_buffers):
+    class Average(Callback):
+        order = 50
+        def before_fit(self): self.average = AveragedModel(self.learn.model, use_buffers=use_buffers)
+        def after_batch(self):
+            if self.training: self.average.update_parameters(self.learn.model)
+    learn = learner(cbs=Average())
+    learn.fit(2, cbs=QuantizationModifier(1.))
+    average = learn.average.average.module
+    assert set(quantized_modules(average))==set(quantized_modules(learn.model)) and average[0].input_range[0,2]>0
+    assert average.eval()(x).isfinite().all()
+
+@pytest.mark.parametrize('n', [0,1.5,'2'])
+def test_calibration_steps_are_whole(n):
+    with pytest.raises((ValueError,TypeError), match='num_calibration_steps'): QuantizationModifier(0., num_calibration_steps=n)
 
 def test_one_modifier():
     with pytest.raises(ValueError, match='give one'): learner().fit(1, cbs=[QuantizationModifier(0., submodules=['0']), QuantizationModifier(0., submodules=['3'])])

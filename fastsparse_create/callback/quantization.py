@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QuantizationModifier']
 
-# %% ../../nbs/14_callback.quantization.ipynb #7d05f6a0
+# %% ../../nbs/14_callback.quantization.ipynb #623e9ee1
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import get_random_states,set_random_states
@@ -14,8 +14,10 @@ from ..masking import *
 from ..quantization.convert import *
 from ..quantization.core import *
 from ..schedule import *
+from ..selection import unwrap_model
+from torch.optim.swa_utils import AveragedModel
 
-# %% ../../nbs/14_callback.quantization.ipynb #ce446448
+# %% ../../nbs/14_callback.quantization.ipynb #cbab0666
 class QuantizationModifier(Modifier):
     "Quantization-aware training from `start_epoch` on; it can't be undone, so there is no end ([Jacob et al., 2018](https://arxiv.org/abs/1712.05877))"
     def __init__(self,
@@ -52,7 +54,8 @@ class QuantizationModifier(Modifier):
         for name in ('disable_quantization_observer_epoch','freeze_bn_stats_epoch'):
             epoch = getattr(self, name)
             if epoch is not None and check_number(self, name, epoch)<max(0, start_epoch): raise ValueError(f"QuantizationModifier: {name} must not lie before start_epoch {start_epoch}, got {epoch}")
-        if num_calibration_steps is not None: check_number(self, 'num_calibration_steps', num_calibration_steps, 1)
+        if num_calibration_steps is not None and check_number(self, 'num_calibration_steps', num_calibration_steps, 1)!=int(num_calibration_steps):
+            raise ValueError(f"QuantizationModifier: num_calibration_steps must be a whole number, got {num_calibration_steps!r}")
         for name in ('strict','reduce_range','tensorrt','quantize_embeddings'): check_bool(self, name, getattr(self, name))
         for name in ('ignore','submodules','exclude_module_types'): _check_names(self, name, getattr(self, name))
         self._scheme,self._overrides = self._checked_scheme(),as_schemes(scheme_overrides)
@@ -102,15 +105,21 @@ class QuantizationModifier(Modifier):
         if not self.quantize_embeddings and any(isinstance(m, nn.Embedding) for m in self.model.modules()): ignore.append('Embedding')
         self.report = quantize_(self.model, self.xb if len(self.xb) else None, self._scheme, self._overrides, ignore, self.submodules, self.strict)
         if self.num_calibration_steps: self._calibrate()
+        for average in self._averages(): quantize_like(average, unwrap_model(self.model).state_dict())
         left = [f'{r.layer} ({r.why_not})' for r in self.report.rows if r.why_not and r.why_not!='ignored']
         logger.info(f"QuantizationModifier: epoch {epoch:g}, {self.report.summary}" + (f"; not {', '.join(left)}" if left else ''))
         if self._stop_mixed_precision():
             logger.info(f"QuantizationModifier: mixed precision is switched off from epoch {epoch:g} on")
             self.opt.zero_grad()  # what gradient accumulation has gathered so far is scaled
 
+    def _averages(self):
+        "Running averages of the model that callbacks hold: they take its buffers over one by one"
+        held = {o.module for cb in self.learn.cbs for o in vars(cb).values() if isinstance(o, AveragedModel)}
+        return [m for m in held if [n for n,_ in m.named_parameters()]==[n for n,_ in unwrap_model(self.model).named_parameters()]]
+
     def _calibrate(self):
         states = get_random_states()
-        try: calibrate_(self.model, (b[:self.dls.n_inp] for b in self.dls.train.new(shuffle=False)), self.num_calibration_steps)
+        try: calibrate_(self.model, (b[:self.dls.n_inp] for b in self.dls.train.new(shuffle=False)), int(self.num_calibration_steps))
         finally: set_random_states(**states)
 
     def _stop_mixed_precision(self):
