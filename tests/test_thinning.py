@@ -575,3 +575,12 @@ class ReadsActivations(nn.Module):
 
 def test_activations_that_python_reads_are_refused():
     with pytest.raises(ValueError, match='Python reads activations'): prune_channels_(ReadsActivations(), torch.randint(9,(2,4)), amount=.5)
+
+def test_a_teacher_keeps_its_channels():
+    class Distills(Callback):
+        def __init__(self, teacher): self.teacher = teacher
+    learn = tiny_learner()
+    teacher = deepcopy(learn.model)
+    sizes = [p.shape for p in teacher.parameters()]
+    learn.fit(2, cbs=[StructuredPruningModifier(0., .5, 0, 1, .5), LayerThinningModifier(update_epochs=[1]), Distills(teacher)])
+    assert [p.shape for p in teacher.parameters()]==sizes!=[p.shape for p in learn.model.parameters()]

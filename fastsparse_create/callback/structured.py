@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['NeedsExample', 'StructuredPruningModifier', 'LayerThinningModifier', 'LayerPruningModifier']
 
-# %% ../../nbs/14a_callback.structured.ipynb #380e00c5
+# %% ../../nbs/14a_callback.structured.ipynb #6a8906cc
 import math,re
 from collections.abc import Mapping
 from copy import deepcopy
 from difflib import get_close_matches
 from fastai.basics import *
 from fastai.callback.tracker import TrackerCallback
+from torch.optim.swa_utils import AveragedModel
 from .core import *
 from .pruning import *
 from ..channels import *
@@ -192,19 +193,18 @@ def _near(name, names):
     near = get_close_matches(name, list(names), 1, .4)
     return f"; did you mean {near[0]!r}?" if near else ''
 
-# %% ../../nbs/14a_callback.structured.ipynb #3f9ab761
+# %% ../../nbs/14a_callback.structured.ipynb #d334063c
 def _forget_best(learn):
     "What was best before the model changed its shape can't be loaded again"
     for cb in learn.cbs:
         if isinstance(cb, TrackerCallback) and cb.best is not None: cb.best = math.inf if cb.comp==np.less else -math.inf
 
 def _averages(learn):
-    "Running averages of the model that callbacks hold"
-    names,found = [n for n,_ in unwrap_model(learn.model).named_parameters()],{}
-    for o in (o for cb in learn.cbs for o in vars(cb).values()):
-        inner = unwrap_model(getattr(o, 'module', o)) if isinstance(o, nn.Module) else None
-        if inner is not None and inner is not unwrap_model(learn.model) and [n for n,_ in inner.named_parameters()]==names: found[id(inner)] = inner
-    return list(found.values())
+    "Running averages of the model that callbacks hold; a teacher of the same architecture is none"
+    inner = unwrap_model(learn.model)
+    def is_average(name, o): return isinstance(o, AveragedModel) or isinstance(o, nn.Module) and re.search(r'(^|_)(ema|swa|avg|averaged?)(_|$)', name)
+    held = [unwrap_model(getattr(o, 'module', o)) for cb in learn.cbs for name,o in vars(cb).items() if is_average(name, o)]
+    return [m for m in dict.fromkeys(held) if m is not inner and [n for n,_ in m.named_parameters()]==[n for n,_ in inner.named_parameters()]]
 
 class LayerThinningModifier(NeedsExample, Modifier):
     "Physically removes channels that are 0, with all that depends on them, while training goes on"

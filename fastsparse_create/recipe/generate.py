@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['generate_recipe']
 
-# %% ../../nbs/23_recipe.generate.ipynb #e4d79cc2
+# %% ../../nbs/23_recipe.generate.ipynb #a4b923e9
+import json
 from .expression import RecipeError
 from .compile import *
 
-# %% ../../nbs/23_recipe.generate.ipynb #c6246343
+# %% ../../nbs/23_recipe.generate.ipynb #1b1d1718
 _head = '''# Trains for {num_epochs} epochs{result}.
 version: 1.1.0
 
@@ -66,6 +67,10 @@ quantization_modifiers:
       freeze_bn_stats_epoch: eval(quantization_freeze)
 '''
 
+def _is_number(o): return isinstance(o, (int,float)) and not isinstance(o, bool)
+
+def _listed(names): return json.dumps([str(n) for n in names], ensure_ascii=False)
+
 def generate_recipe(sparsity:float, # Final share of zeros, in (0,1); None: no pruning
                     num_epochs:int, # Epochs of training, at least 1
                     params='__ALL_PRUNABLE__', # What to prune: a name, or a list of names
@@ -76,10 +81,12 @@ def generate_recipe(sparsity:float, # Final share of zeros, in (0,1); None: no p
                     channels:bool=False, # Remove whole channels? `sparsity` is then the share of the FLOPs that go
                    )->str: # YAML, which `Recipe.from_string` compiles
     "A commented recipe: dense warm-up, gradual pruning, recovery, quantization"
-    if sparsity is not None and not 0<sparsity<1: raise ValueError(f"sparsity must be between 0 and 1, got {sparsity}")
+    if sparsity is not None and not (_is_number(sparsity) and 0<sparsity<1): raise ValueError(f"sparsity must be between 0 and 1, got {sparsity!r}")
+    if channels and sparsity is None: raise ValueError("channels: say by sparsity which share of the FLOPs is to go")
+    if not _is_number(num_epochs) or num_epochs!=int(num_epochs): raise ValueError(f"num_epochs must be a whole number, got {num_epochs!r}")
     if num_epochs<1: raise ValueError(f"num_epochs must be at least 1, got {num_epochs}")
     if channels and (mask_type!='unstructured' or global_sparsity): raise ValueError("channels: whole channels are chosen by the FLOPs of all layers, leave mask_type and global_sparsity out")
-    params = params if isinstance(params, str) else [str(p) for p in params]
+    params,float_layers = params if isinstance(params, str) else _listed(params),[float_layers] if isinstance(float_layers, str) else list(float_layers)
     percent = sparsity and f'{sparsity*100:.4g}'
     ends = [f'without {percent} % of its FLOPs' if channels else f'with {percent} % of the weights at zero'] if sparsity else []
     parts = [_head.format(num_epochs=num_epochs, result=' and ends '+', '.join(ends+['in 8-bit integers']*int8) if ends or int8 else '')]
@@ -89,5 +96,5 @@ def generate_recipe(sparsity:float, # Final share of zeros, in (0,1); None: no p
     modifier = 'StructuredPruningModifier' if channels else 'GlobalMagnitudePruningModifier' if global_sparsity else 'MagnitudePruningModifier'
     if sparsity: parts.append(_pruning.format(modifier=modifier, params=params, mask_type='filter' if channels else mask_type))
     if channels and sparsity: parts.append(_channels)
-    if int8: parts.append(_int8+(f'      ignore: {list(float_layers)}\n' if float_layers else ''))
+    if int8: parts.append(_int8+(f'      ignore: {_listed(float_layers)}\n' if float_layers else ''))
     return ''.join(parts)
