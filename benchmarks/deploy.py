@@ -11,7 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from torchvision.models import mobilenet_v3_large,resnet18,resnet50
 from fastsparse_create.benchmark import *
-from fastsparse_create.experiment.training_aware import few_inputs,level_sparsity
+from fastsparse_create.experiment.training_aware import few_inputs,removed_flops
 from fastsparse_create.export.onnx import *
 from fastsparse_create.quantization.convert import *
 from fastsparse_create.thinning import *
@@ -61,7 +61,7 @@ def variants(name, folder, levels):
     fp32 = export_onnx(model, folder/'fp32.onnx', x)
     res = {'PyTorch, eager':model, 'ONNX fp32':fp32, 'ONNX INT8':export_onnx(quantized(model, x), folder/'int8.onnx', x, int8=True), 'ORT static':ort_static(fp32.path, x, folder/'static.onnx')}
     for level in levels:
-        small = thinned(model, 1-level_sparsity(level))
+        small = thinned(model, 1-removed_flops(level))
         res[f'level {level}, fp32'] = export_onnx(small, folder/f'fp32_{level}.onnx', x)
         res[f'level {level}, INT8'] = export_onnx(quantized(small, x, few_inputs(small, x[:2])), folder/f'int8_{level}.onnx', x, int8=True)
     return res

@@ -1028,6 +1028,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                 'fastsparse_create/experiment/training_aware.py'),
                                                              'fastsparse_create.experiment.training_aware.pruners': ( 'experiment.training_aware.html#pruners',
                                                                                                                       'fastsparse_create/experiment/training_aware.py'),
+                                                             'fastsparse_create.experiment.training_aware.removed_flops': ( 'experiment.training_aware.html#removed_flops',
+                                                                                                                            'fastsparse_create/experiment/training_aware.py'),
                                                              'fastsparse_create.experiment.training_aware.training_aware': ( 'experiment.training_aware.html#training_aware',
                                                                                                                              'fastsparse_create/experiment/training_aware.py')},
             'fastsparse_create.experiment.use_case': { 'fastsparse_create.experiment.use_case.ImageOptions': ( 'experiment.use_case.html#imageoptions',

@@ -144,7 +144,7 @@ def test_low_optim_levels_prune_nothing(level, models, said, tmp_path):
 def test_for_onnxruntime_channels_are_removed(images, tmp_path):
     folder = run(tmp_path, '--use-case', 'ic', '--model', 'resnet18', '--data', images, '--target', 'onnxruntime', '--epochs', '2', '--train-kwargs', '{"bs": 8}')
     dense,thinned = rows(folder)
-    assert thinned['model']=='thinned' and .25<int(thinned['flops'])/int(dense['flops'])<.4 and int(thinned['parameters'])<.5*int(dense['parameters'])
+    assert thinned['model']=='thinned' and .3<int(thinned['flops'])/int(dense['flops'])<=.4 and int(thinned['parameters'])<.5*int(dense['parameters'])
     model,learn = load_model(folder/'model.pth'),load_learner(folder/'learner.pkl')
     x = torch.randn(3, 3, 32, 32)
     with torch.no_grad(): expected = learn.model.eval()(x)
@@ -152,7 +152,7 @@ def test_for_onnxruntime_channels_are_removed(images, tmp_path):
     got = OnnxModel(folder/'model.onnx')(x)
     assert (got-expected).norm()<.2*expected.norm()
     deployed = rows(folder, 'deployed.csv')
-    assert [r['what'] for r in deployed]==['dense, PyTorch','dense, ONNX Runtime','model.onnx'] and float(deployed[2]['MB'])<.2*float(deployed[0]['MB'])
+    assert [r['what'] for r in deployed]==['dense, PyTorch','dense, ONNX Runtime','model.onnx'] and float(deployed[2]['MB'])<.25*float(deployed[0]['MB'])
     assert 'of the FLOPs are left' in (folder/'report.html').read_text()
 
 def test_a_quantized_start_is_trained_in_floats(tmp_path, quick):
