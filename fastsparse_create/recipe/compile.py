@@ -141,7 +141,7 @@ class RecipeLength(Callback):
         n_epoch = getattr(self.learn, 'n_epoch', math.inf)
         if n_epoch<self.recipe.max_epochs: raise ValueError(_too_short(self.recipe, n_epoch))
 
-# %% ../../nbs/22_recipe.compile.ipynb #74f59d3b
+# %% ../../nbs/22_recipe.compile.ipynb #ec55be6e
 @patch
 def fit_recipe(self:Learner,
                recipe, # A `Recipe`, or the path of one
@@ -151,7 +151,7 @@ def fit_recipe(self:Learner,
                reset_opt:bool=False, # Start with a new optimizer?
               ):
     "Train as `recipe` says, for as many epochs as it needs"
-    recipe = recipe if isinstance(recipe, Recipe) else Recipe.from_file(recipe)
+    if isinstance(recipe, (str,Path)): recipe = Recipe.from_file(recipe)
     if recipe.max_epochs<1: raise ValueError(f"{recipe.data.source}: the recipe says nothing about its length: add an EpochRangeModifier")
     callbacks = recipe.callbacks()
     sets_lr = any(isinstance(cb, LearningRateBase) for cb in callbacks)
