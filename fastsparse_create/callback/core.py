@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['modifiers', 'keeps_zeros', 'MaskEnforcer', 'TrainingCallback', 'Modifier', 'check_number', 'check_bool',
-           'check_params', 'check_choice']
+           'check_params', 'check_choice', 'averaged_models']
 
-# %% ../../nbs/10_callback.core.ipynb #194a010a
-import inspect,math
+# %% ../../nbs/10_callback.core.ipynb #bc5e971b
+import inspect,math,re
 from difflib import get_close_matches
 from fastai.basics import *
 from fastai.callback.schedule import ParamScheduler,SkipToEpoch
+from torch.optim.swa_utils import AveragedModel
 from ..masking import *
 from ..schedule import *
+from ..selection import unwrap_model
 from ..sparse.linear import *
 
 # %% ../../nbs/10_callback.core.ipynb #26a48d15
@@ -258,3 +260,12 @@ def check_choice(owner, # Object that the argument belongs to, for the message
     near = get_close_matches(str(value), list(choices), 1)
     hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(map(repr, choices))}"
     raise ValueError(f"{type(owner).__name__}: {name} {value!r} is not known, {hint}")
+
+# %% ../../nbs/10_callback.core.ipynb #b0ec02c8
+def averaged_models(learn:Learner)->list: # Modules
+    "Running averages of the model that callbacks hold, known by their class, or by a name like `ema_model`"
+    inner = unwrap_model(learn.model)
+    def is_average(name, o): return isinstance(o, AveragedModel) or isinstance(o, nn.Module) and re.search(r'(^|_)(ema|swa|avg|averaged?)(_|$)', name)
+    held = [unwrap_model(getattr(o, 'module', o)) for cb in learn.cbs for name,o in vars(cb).items() if is_average(name, o)]
+    names = [n for n,_ in inner.named_parameters()]
+    return [m for m in dict.fromkeys(held) if m is not inner and [n for n,_ in m.named_parameters()]==names]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QuantizationModifier']
 
-# %% ../../nbs/14_callback.quantization.ipynb #623e9ee1
+# %% ../../nbs/14_callback.quantization.ipynb #6dd14d6d
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.torch_core import get_random_states,set_random_states
@@ -15,9 +15,8 @@ from ..quantization.convert import *
 from ..quantization.core import *
 from ..schedule import *
 from ..selection import unwrap_model
-from torch.optim.swa_utils import AveragedModel
 
-# %% ../../nbs/14_callback.quantization.ipynb #cbab0666
+# %% ../../nbs/14_callback.quantization.ipynb #e7b820a6
 class QuantizationModifier(Modifier):
     "Quantization-aware training from `start_epoch` on; it can't be undone, so there is no end ([Jacob et al., 2018](https://arxiv.org/abs/1712.05877))"
     def __init__(self,
@@ -73,6 +72,10 @@ class QuantizationModifier(Modifier):
         epochs = [max(0, self.start_epoch), self.disable_quantization_observer_epoch, self.freeze_bn_stats_epoch]
         return {b:e for epoch in epochs if epoch is not None for b,e in plan_ticks(epoch, epoch, math.inf, n_iter, n_epoch, done).items()}
 
+    def reset(self):
+        super().reset()
+        self._frozen = []
+
     def before_fit(self):
         super().before_fit()
         if sum(isinstance(cb, QuantizationModifier) for cb in self.learn.cbs)>1: raise ValueError("QuantizationModifier: give one, a second would find the model quantized; scheme_overrides, ignore and submodules tell layers apart")
@@ -84,9 +87,8 @@ class QuantizationModifier(Modifier):
 
     def before_batch(self):
         super().before_batch()
-        if not self._reached('freeze_bn_stats_epoch'): return
-        for m in self.model.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training: m.eval()
+        for m in self._frozen:
+            if m.training: m.eval()
 
     def after_train(self):
         super().after_train()
@@ -97,6 +99,9 @@ class QuantizationModifier(Modifier):
     def update(self, epoch):
         if not is_quantized(self.model): self._quantize(epoch)
         observe(self.model, 'never' if self._reached('disable_quantization_observer_epoch') else 'training')
+        if self._reached('freeze_bn_stats_epoch'): self._freeze()
+
+    def _freeze(self): self._frozen = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
     # what
 
@@ -105,17 +110,12 @@ class QuantizationModifier(Modifier):
         if not self.quantize_embeddings and any(isinstance(m, nn.Embedding) for m in self.model.modules()): ignore.append('Embedding')
         self.report = quantize_(self.model, self.xb if len(self.xb) else None, self._scheme, self._overrides, ignore, self.submodules, self.strict)
         if self.num_calibration_steps: self._calibrate()
-        for average in self._averages(): quantize_like(average, unwrap_model(self.model).state_dict())
+        for average in averaged_models(self.learn): quantize_like(average, unwrap_model(self.model).state_dict())
         left = [f'{r.layer} ({r.why_not})' for r in self.report.rows if r.why_not and r.why_not!='ignored']
         logger.info(f"QuantizationModifier: epoch {epoch:g}, {self.report.summary}" + (f"; not {', '.join(left)}" if left else ''))
         if self._stop_mixed_precision():
             logger.info(f"QuantizationModifier: mixed precision is switched off from epoch {epoch:g} on")
             self.opt.zero_grad()  # what gradient accumulation has gathered so far is scaled
-
-    def _averages(self):
-        "Running averages of the model that callbacks hold: they take its buffers over one by one"
-        held = {o.module for cb in self.learn.cbs for o in vars(cb).values() if isinstance(o, AveragedModel)}
-        return [m for m in held if [n for n,_ in m.named_parameters()]==[n for n,_ in unwrap_model(self.model).named_parameters()]]
 
     def _calibrate(self):
         states = get_random_states()

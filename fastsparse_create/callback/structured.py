@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['NeedsExample', 'StructuredPruningModifier', 'LayerThinningModifier', 'LayerPruningModifier']
 
-# %% ../../nbs/14a_callback.structured.ipynb #6a8906cc
-import math,re
+# %% ../../nbs/14a_callback.structured.ipynb #6d0151c9
+import math
 from collections.abc import Mapping
 from copy import deepcopy
 from difflib import get_close_matches
 from fastai.basics import *
 from fastai.callback.tracker import TrackerCallback
-from torch.optim.swa_utils import AveragedModel
 from .core import *
 from .pruning import *
 from ..channels import *
@@ -193,18 +192,11 @@ def _near(name, names):
     near = get_close_matches(name, list(names), 1, .4)
     return f"; did you mean {near[0]!r}?" if near else ''
 
-# %% ../../nbs/14a_callback.structured.ipynb #d334063c
+# %% ../../nbs/14a_callback.structured.ipynb #9df383d2
 def _forget_best(learn):
     "What was best before the model changed its shape can't be loaded again"
     for cb in learn.cbs:
         if isinstance(cb, TrackerCallback) and cb.best is not None: cb.best = math.inf if cb.comp==np.less else -math.inf
-
-def _averages(learn):
-    "Running averages of the model that callbacks hold; a teacher of the same architecture is none"
-    inner = unwrap_model(learn.model)
-    def is_average(name, o): return isinstance(o, AveragedModel) or isinstance(o, nn.Module) and re.search(r'(^|_)(ema|swa|avg|averaged?)(_|$)', name)
-    held = [unwrap_model(getattr(o, 'module', o)) for cb in learn.cbs for name,o in vars(cb).items() if is_average(name, o)]
-    return [m for m in dict.fromkeys(held) if m is not inner and [n for n,_ in m.named_parameters()]==[n for n,_ in inner.named_parameters()]]
 
 class LayerThinningModifier(NeedsExample, Modifier):
     "Physically removes channels that are 0, with all that depends on them, while training goes on"
@@ -254,7 +246,7 @@ class LayerThinningModifier(NeedsExample, Modifier):
         return [g for g in found if not g.reason]
 
     def update(self, epoch):
-        model,averages = unwrap_model(self.model),_averages(self.learn)
+        model,averages = unwrap_model(self.model),averaged_models(self.learn)
         if isinstance(self.model, nn.parallel.DistributedDataParallel): raise ValueError("LayerThinningModifier: DistributedDataParallel keeps buffers of the old sizes: thin the model before it is wrapped, or after training")
         apply_masks(model)
         graph = ChannelGraph(model, self._example)
