@@ -11,13 +11,13 @@ from fastsparse_create.permutation.apply import *
 from fastsparse_create.permutation.apply import _belongings,_indices,_move
 from fastsparse_create.permutation.graph import *
 from fastsparse_create.permutation import rules
-from fastsparse_create.permutation.graph import _call,_change,_map,_perturb
+from fastsparse_create.permutation.graph import _change,_map,_perturb
 from fastsparse_create.selection import *
 from utils import tiny_learner
 
 def outputs(model, xb):
     model.eval()
-    with torch.no_grad(): return [o.clone() for o in rules.tensors_in(_call(model, _map(torch.clone, xb)))]
+    with torch.no_grad(): return [o.clone() for o in rules.tensors_in(rules.call_model(model, _map(torch.clone, xb)))]
 
 def generic(model, seed=1):
     "Random weights, norms and statistics, so that no two channels are alike"

@@ -127,7 +127,7 @@ class _Exits(TorchFunctionMode):
             self.tracer.leave(args[0])
         return func(*args, **(kwargs or {}))
 
-# %% ../../nbs/08_permutation.graph.ipynb #b1ce8afd
+# %% ../../nbs/08_permutation.graph.ipynb #fcc37b0a
 def _map(f, o):
     "`f` of all tensors in nested tuples, lists and dicts"
     if isinstance(o, Tensor): return f(o)
@@ -173,7 +173,7 @@ class Rehearsal:
             if isinstance(m, (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)): m.eval()
         inputs = _map(torch.clone, self.inputs)
         with torch.no_grad(),no_random(seed),_stepwise_attention(),_same_buffers(self.model):
-            with tracer.following(self.model, inputs) if tracer else nullcontext(): out = _call(self.model, inputs)
+            with tracer.following(self.model, inputs) if tracer else nullcontext(): out = call_model(self.model, inputs)
         if tracer: tracer.finish(self.model, inputs, out)
         return list(tensors_in(out))
 
@@ -213,10 +213,6 @@ def _same_buffers(model):
     try: yield
     finally:
         for m,k,b,values in before: m._buffers[k] = b.copy_(values)
-
-def _call(model, inputs):
-    if isinstance(inputs, Mapping): return model(**inputs)
-    return model(*inputs) if type(inputs) in (tuple,list) else model(inputs)
 
 @contextmanager
 def _stepwise_attention():

@@ -6,7 +6,7 @@
 __all__ = ['QuantizedRow', 'quantized_modules', 'is_quantized', 'observe', 'calibrate_', 'mean_over_ranks_', 'quantize_',
            'quantized_from_file', 'quantize_like', 'dequantize_']
 
-# %% ../../nbs/09d_quantization.convert.ipynb #3898645d
+# %% ../../nbs/09d_quantization.convert.ipynb #6b21766d
 import re,torch
 from dataclasses import dataclass,replace
 from difflib import get_close_matches
@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import nn,Tensor
 from ..masking import *
 from ..masking import _check_fit,_load_state
+from ..permutation.rules import call_model
 from .core import *
 from .layers import *
 from .placement import *
@@ -111,7 +112,7 @@ def mean_over_ranks_(model:nn.Module):
     torch.distributed.all_reduce(flat)
     for r,mean in zip(ranges, flat.div_(torch.distributed.get_world_size()).split([r.numel() for r in ranges])): r.copy_(mean.view_as(r))
 
-# %% ../../nbs/09d_quantization.convert.ipynb #39bea291
+# %% ../../nbs/09d_quantization.convert.ipynb #efdb01e9
 def _finish(model):
     "What a model needs when its layers are quantized"
     with no_shortcuts(model, keep=True): pass
@@ -134,10 +135,10 @@ def quantize_(model, # Model or `Learner` to change
     untouched = {m for m in model.modules() if chosen and not any(m in c for c in chosen.values())}.union(*ignored.values())
     steps = None if example is None else follow(model, example)
     called = None if steps is None else {s.module for s in steps}
-    schemes = _own_schemes(model, overrides, own)
+    own_schemes = _own_schemes(model, overrides, own)
     weighted = _with_weights(model)
     why = {n:_reason(m, m in untouched, called) for n,m in weighted.items()}
-    plan = {n:schemes.get(m, scheme) for n,m in weighted.items() if not why[n]}
+    plan = {n:own_schemes.get(m, scheme) for n,m in weighted.items() if not why[n]}
     if not plan: raise ValueError(f"quantize_: no layer can be quantized{': '+'; '.join(f'{n}: {w}' for n,w in islice(why.items(), 3)) if why else ''}")
     inputs,outputs = _placement(model, steps, plan, scheme, untouched)
     changed = weighted|{n:m for n,m in leaves(model).items() if m in outputs}

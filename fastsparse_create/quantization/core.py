@@ -6,9 +6,9 @@
 __all__ = ['schemes', 'QuantizationArgs', 'QuantizationScheme', 'as_scheme', 'as_schemes', 'fake_quantize', 'weight_scale',
            'quantize_weight', 'observe_', 'activation_qparams']
 
-# %% ../../nbs/09a_quantization.core.ipynb #275f2267
+# %% ../../nbs/09a_quantization.core.ipynb #0432f1f3
 import torch
-from dataclasses import asdict,dataclass,field,fields,replace
+from dataclasses import dataclass,fields,replace
 from difflib import get_close_matches
 from torch import Tensor
 

@@ -19,7 +19,9 @@ from .layers import *
 from .placement import *
 from ..selection import unwrap_model
 
-# %% ../../nbs/09e_quantization.deploy.ipynb #0124ae3f
+# %% ../../nbs/09e_quantization.deploy.ipynb #09fb226b
+def _along(v, like, axis): return v.view([-1 if d==axis else 1 for d in range(like.ndim)])
+
 @torch.library.custom_op('fastsparse_create::round_activation', mutates_args=())
 def round_activation(x:Tensor, scale:float, zero_point:int, low:int, high:int)->Tensor:
     "Quantize and dequantize"
@@ -31,7 +33,7 @@ def _(x, scale, zero_point, low, high): return torch.empty_like(x)
 @torch.library.custom_op('fastsparse_create::dequantize', mutates_args=())
 def dequantize(codes:Tensor, scales:Tensor, axis:int)->Tensor:
     "The numbers that codes stand for, with a scale for each index of dimension `axis`"
-    return codes*scales.view([-1 if d==axis else 1 for d in range(codes.ndim)])
+    return codes*_along(scales, codes, axis)
 
 @dequantize.register_fake
 def _(codes, scales, axis): return torch.empty_like(codes, dtype=scales.dtype)
@@ -97,7 +99,7 @@ class ChannelAffine(nn.Module):
 _int8_types = {QuantLinear:Int8Linear, QuantConv1d:Int8Conv1d, QuantConv2d:Int8Conv2d, QuantConv3d:Int8Conv3d, QuantConvTranspose1d:Int8ConvTranspose1d, QuantConvTranspose2d:Int8ConvTranspose2d,
                QuantConvTranspose3d:Int8ConvTranspose3d, QuantEmbedding:Int8Embedding, QuantMultiheadAttention:Int8MultiheadAttention}
 
-# %% ../../nbs/09e_quantization.deploy.ipynb #adf56e72
+# %% ../../nbs/09e_quantization.deploy.ipynb #3e18db41
 def deploy_copy(model, # Quantized model or `Learner`; is not changed
                 example, # A tensor, a tuple of arguments or a dict of keyword arguments
                )->nn.Module: # In evaluation mode, without masks and batch norms
@@ -164,7 +166,7 @@ def _deploy_weights(layer, norm=None, inputs=None):
     if norm is not None:
         factor,summand = _affine(norm)
         bias = summand if bias is None else summand+in_float(bias)*factor
-        codes *= factor.sign().view([-1 if d==axis else 1 for d in range(codes.ndim)])
+        codes *= _along(factor.sign(), codes, axis)
         scales = torch.where(factor!=0, scales*factor.abs(), 1.)
         _replace(norm, Folded)
     if bias is not None and inputs and inputs[0] and len(bias)==len(scales):  # transposed convolutions in groups have fewer scales
@@ -179,8 +181,6 @@ def _deploy_weights(layer, norm=None, inputs=None):
     if 'bias' in layer._parameters: layer.bias = None if bias is None else nn.Parameter(bias)
     layer.register_buffer('codes', (codes.t() if isinstance(layer, nn.Linear) else codes).to(torch.int8).contiguous())
     layer.register_buffer('scales', scales)
-
-def _along(v, like, axis): return v.view([-1 if d==axis else 1 for d in range(like.ndim)])
 
 def _codes(weight, args, axis):
     "Codes as floats, and a scale for each channel"
