@@ -34,7 +34,7 @@ def _blank(plain, attrs):
     cls = _class_of(plain, attrs)
     return cls.__new__(cls)
 
-# %% ../nbs/05b_effective.ipynb #b83dc78e
+# %% ../nbs/05b_effective.ipynb #dcc2f0fa
 def effective_functions(module:nn.Module, # A layer
                         attr:str, # Name of its parameter
                        )->tuple:
@@ -44,10 +44,11 @@ def effective_functions(module:nn.Module, # A layer
 def use_effective(module:nn.Module, # Layer to change
                   attr:str, # Name of its parameter
                   f, # `(module, attr, weight) -> weight`; as the layer is saved with it, a function of a module, or an object that pickles
+                  first:bool=False, # Before the functions that are there? Else after them
                  ):
     "From now on `module.attr` is what `f` makes of it"
     functions = effective_functions(module, attr)
-    if f not in functions: _set_functions(module, attr, (*functions, f))
+    if f not in functions: _set_functions(module, attr, (f, *functions) if first else (*functions, f))
 
 def drop_effective(module:nn.Module, # Layer to change
                    attr:str, # Name of its parameter

@@ -35,7 +35,7 @@ class Power:
     alpha:float # Exponent
     def __call__(self, module, attr, weight): return power(weight, self.alpha)
 
-# %% ../../nbs/13a_callback.powerpropagation.ipynb #116140bc
+# %% ../../nbs/13a_callback.powerpropagation.ipynb #cb0bd4cf
 def alpha_of(module:nn.Module, # A layer
              attr:str='weight', # Name of its parameter
             )->float: # 1: it computes with what it stores
@@ -62,7 +62,7 @@ def _set_alpha(site, alpha, others=()):
 def _compute_power(module, attr, alpha):
     was = alpha_of(module, attr)
     if was!=1: drop_effective(module, attr, Power(was))
-    if alpha!=1: use_effective(module, attr, Power(alpha))
+    if alpha!=1: use_effective(module, attr, Power(alpha), first=True)  # behind a mask powers would have no gradient
     module._powers[attr] = alpha
 
 # %% ../../nbs/13a_callback.powerpropagation.ipynb #7fa201c3
@@ -91,7 +91,7 @@ def load_alpha(module, state_dict, prefix, *_):
         if begun is None: _compute_power(module, attr, alpha)
         else: state_dict[name] = root(power(state_dict[name], alpha), own)
 
-# %% ../../nbs/13a_callback.powerpropagation.ipynb #c6c51c68
+# %% ../../nbs/13a_callback.powerpropagation.ipynb #5dd295bb
 def forget(opt, # fastai or PyTorch optimizer
            param:nn.Parameter, # One of its parameters
           ):
@@ -128,9 +128,9 @@ def check_effective(modifier:Modifier, # In a `Learner`
         if why: raise ValueError(f"{name}: {s.name!r} can't be computed from what is stored, as {why}: leave it out of params")
     for cb in modifier.learn.cbs:
         if isinstance(cb, QuantizationModifier) and start<=max(0, cb.start_epoch)<end:
-            raise ValueError(f"{name}: quantization starts at epoch {cb.start_epoch:g}, before end_epoch {modifier.end_epoch:g}: let this end first, or start later")
+            raise ValueError(f"{name}: quantization starts at epoch {cb.start_epoch:g}, before this has ended (end_epoch {modifier.end_epoch:g}): let it start later")
 
-# %% ../../nbs/13a_callback.powerpropagation.ipynb #953ca63a
+# %% ../../nbs/13a_callback.powerpropagation.ipynb #1efea88a
 class PowerpropagationModifier(OnceModifier):
     "Trains roots of weights between `start_epoch` and `end_epoch`, so that many weights stay near 0; before or while `GMPruningModifier` prunes, for sparsities at which that alone loses accuracy ([Schwarz et al., 2021](https://arxiv.org/abs/2110.00296))"
     order = 8.9  # what is stored at the end is there when QuantizationModifier (9) begins
@@ -160,6 +160,7 @@ class PowerpropagationModifier(OnceModifier):
 
     def update(self, epoch):
         alpha = 1. if 0<=self.end_epoch<=epoch else float(self.alpha)
+        for average in averaged_models(self.learn): set_alpha(average, [s.name for s in self._sites], alpha)
         for s in self._sites:
             if not _set_alpha(s, alpha, slow_weights(self.opt, s.param)): continue
             forget(self.opt, s.param)

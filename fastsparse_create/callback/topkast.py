@@ -56,7 +56,7 @@ def active_weight(module, attr, weight):
     if not (torch.is_grad_enabled() and weight.requires_grad): return _kept(weight, active)
     return _SparseBothWays.apply(weight, active, reach)
 
-# %% ../../nbs/15c_callback.topkast.ipynb #eb3d152a
+# %% ../../nbs/15c_callback.topkast.ipynb #5f67d58b
 class TopKASTPruningModifier(PruningModifier):
     "Computes with the largest weights and trains some more of them: sparse in each forward and backward pass; for networks that are too large to train densely. `GMPruningModifier` is as accurate where that is affordable ([Jayakumar et al., 2021](https://arxiv.org/abs/2106.03517))"
     order,needs_dense_grad = 8.9,False  # what is stored at the end is there when QuantizationModifier (9) begins
@@ -98,19 +98,24 @@ class TopKASTPruningModifier(PruningModifier):
 
     def before_fit(self):
         check_effective(self, list(select(self.model, self.choose()).values()))
-        were_free = {p.name for p in masked_params(self.model) if not p.is_enforced}
+        were_held = {p.name for p in masked_params(self.model) if p.is_enforced}
         super().before_fit()
-        _let_go(self.model, [p for p in self._params if p.name in were_free])
-        for module in {m for p in self._params for m,_ in p.owners}:
-            if mask_loaded not in module._load_state_dict_post_hooks.values(): module.register_load_state_dict_post_hook(mask_loaded)
+        _let_go(self.model, [p for p in self._params if p.name not in were_held])  # a checkpoint of dense weights may be loaded next
 
     def fit_starts(self):
         super().fit_starts()
         self._settle()
 
     def before_batch(self):
+        batch = self.epoch*self.n_iter+self.iter
+        if self._plan and self._plan[0][0]<=batch:
+            for cb in self._predecessors(): cb._run_ticks(batch)
         super().before_batch()
         self._settle()
+
+    def _predecessors(self):
+        "Pruners that have ended where this starts, and act after it as their order is higher"
+        return [cb for cb in self.learn.cbs if isinstance(cb, PruningModifier) and 0<=cb.end_epoch<=self.start_epoch and cb is not self]
 
     def _settle(self):
         "Bring the model to where this is; a loop that was resumed, or another pruner, may have it elsewhere"
@@ -184,6 +189,8 @@ class TopKASTPruningModifier(PruningModifier):
 
     def _enforce(self):
         attach_masks(self.model, self._names)
+        for module in {m for p in self._params for m,_ in p.owners}:
+            if mask_loaded not in module._load_state_dict_post_hooks.values(): module.register_load_state_dict_post_hook(mask_loaded)
         self.learn.mask_enforcer.refresh()
 
 def _use(p, reach):
