@@ -11,9 +11,10 @@ from copy import deepcopy
 from pathlib import Path
 from torchvision.models import mobilenet_v3_large,resnet18,resnet50
 from fastsparse_create.benchmark import *
-from fastsparse_create.experiment.training_aware import few_inputs,removed_flops
+from fastsparse_create.experiment.training_aware import few_inputs
 from fastsparse_create.export.onnx import *
 from fastsparse_create.quantization.convert import *
+from fastsparse_create.recipe.generate import removed_flops
 from fastsparse_create.thinning import *
 
 models = dict(resnet18=resnet18, resnet50=resnet50, mobilenet=mobilenet_v3_large)

@@ -149,11 +149,5 @@ def test_public_styles_compile(text, tags, epochs, tmp_path):
     assert [type(m).__name__ for m in recipe.compile()]==tags and recipe.max_epochs==epochs
     assert [m.args() for m in Recipe.from_string(str(recipe)).compile()]==[m.args() for m in recipe.compile()]
 
-@pytest.mark.parametrize('tag', ['DistillationModifier','MovementPruningModifier','OBSPruningModifier'])
-def test_modifiers_to_come_are_named(tag):
-    text = BARE + f'\nother_modifiers:\n    - !{tag}\n        start_epoch: 0.0\n'
-    if tag in modifiers: pytest.skip(f'{tag} is there')
-    with pytest.raises(RecipeError, match=rf'line \d+: {tag} is a modifier of SparseML that this version does not have yet'): Recipe.from_string(text)
-
 def test_short_names_of_callbacks_are_no_tags_but_lead_to_them():
     with pytest.raises(RecipeError, match="there is no modifier 'RigL'; did you mean 'RigLPruningModifier'"): Recipe.from_string(BARE + '\nother_modifiers:\n    - !RigL\n        start_epoch: 0.0\n')

@@ -16,7 +16,7 @@ from ..quantization.core import *
 from ..schedule import *
 from ..selection import unwrap_model
 
-# %% ../../nbs/14_callback.quantization.ipynb #e7b820a6
+# %% ../../nbs/14_callback.quantization.ipynb #b882670b
 class QuantizationModifier(Modifier):
     "Quantization-aware training from `start_epoch` on; it can't be undone, so there is no end ([Jacob et al., 2018](https://arxiv.org/abs/1712.05877))"
     def __init__(self,
@@ -98,6 +98,11 @@ class QuantizationModifier(Modifier):
 
     def update(self, epoch):
         if not is_quantized(self.model): self._quantize(epoch)
+        self.go_on()
+
+    def go_on(self):
+        "Treat a quantized model as this moment asks for"
+        self._stop_mixed_precision()
         observe(self.model, 'never' if self._reached('disable_quantization_observer_epoch') else 'training')
         if self._reached('freeze_bn_stats_epoch'): self._freeze()
 

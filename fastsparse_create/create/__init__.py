@@ -1,0 +1,3 @@
+"`create.initialize` makes a plain PyTorch loop train by a recipe"
+from .api import *
+from .schemas import *

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LoopRecorder', 'begin_batch', 'end_forward', 'LoopManager']
 
-# %% ../../nbs/25_create.manager.ipynb #eaf44822
+# %% ../../nbs/25_create.manager.ipynb #4836e38c
 import inspect,weakref
 from collections.abc import MutableMapping
 from contextlib import suppress
@@ -15,7 +15,9 @@ from types import MethodType,SimpleNamespace
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from ..callback.core import *
+from ..callback.quantization import *
 from ..masking import *
+from ..quantization.convert import *
 from ..selection import unwrap_model
 from ..sparse.linear import sparse_params
 
@@ -167,7 +169,7 @@ def _state_of(cb):
         with suppress(TypeError): state[k] = _as_data(vars(cb)[k])
     return state
 
-# %% ../../nbs/25_create.manager.ipynb #dca6065f
+# %% ../../nbs/25_create.manager.ipynb #4859a114
 class LoopManager:
     "Drives callbacks from a plain PyTorch loop: its forward passes and its `optimizer.step()` raise the events of `fit`"
     def __init__(self,
@@ -337,17 +339,18 @@ class LoopManager:
     # resuming
 
     def state_dict(self)->dict:
-        "The clock, and what callbacks have noted; masks are in the model's own `state_dict`"
+        "The clock, what callbacks have noted, and which layers are quantized; masks are in the model's own `state_dict`"
         return dict(steps=self.steps, steps_per_epoch=self.steps_per_epoch, pct_train=self.learn.pct_train,
                     trainable={n:p.requires_grad for n,p in unwrap_model(self.model).named_parameters()},
-                    enforced={p.name:p.is_enforced for p in masked_params(self.model)},
+                    enforced={p.name:p.is_enforced for p in masked_params(self.model)}, quantized=quantization_state(self.model),
                     cbs=[(type(cb).__name__, _state_of(cb)) for cb in self.cbs])
 
     def load_state_dict(self,
                         state:dict, # From `state_dict`
                        ):
-        "Go on where `state` was taken; model and optimizer are loaded beside it, before or after"
+        "Go on where `state` was taken; model and optimizer are loaded beside it, before or after (after, if the model is quantized)"
         self._check_state(state)
+        if state['quantized'] and not is_quantized(self.model): quantize_like(unwrap_model(self.model), state['quantized'])
         for p in masked_params(self.model):
             if not state['enforced'].get(p.name, True): _release(self.model, p)
         for n,p in unwrap_model(self.model).named_parameters(): p.requires_grad_(state['trainable'].get(n, p.requires_grad))
@@ -357,6 +360,7 @@ class LoopManager:
         device = next(self.model.parameters()).device
         for cb,(_,noted) in zip(self.cbs, state['cbs']):
             vars(cb).update(_from_data(noted, device))
+            if isinstance(cb, QuantizationModifier) and is_quantized(self.model): cb.go_on()
             if isinstance(cb, Modifier): cb._plan = [(b,e) for b,e in cb._plan if cb._is_ahead(b, e, None, self.steps_per_epoch)]
 
     def _check_state(self, state):

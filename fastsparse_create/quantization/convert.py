@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QuantizedRow', 'quantized_modules', 'is_quantized', 'observe', 'calibrate_', 'mean_over_ranks_', 'quantize_',
-           'quantized_from_file', 'quantize_like', 'dequantize_']
+           'quantized_from_file', 'quantization_state', 'quantize_like', 'dequantize_']
 
 # %% ../../nbs/09d_quantization.convert.ipynb #6b21766d
 import re,torch
@@ -189,7 +189,7 @@ def _first_inputs(learn):
     batch = learn.dls.one_batch()
     return tuple(batch[:learn.dls.n_inp]) if isinstance(batch, (tuple,list)) else batch
 
-# %% ../../nbs/09d_quantization.convert.ipynb #613fcfda
+# %% ../../nbs/09d_quantization.convert.ipynb #e9397755
 def quantized_from_file(model, # A model, or `Learner`, of the architecture that was saved, before it was quantized
                         file, # Path of a file from `torch.save(model.state_dict())` or `learn.save`
                        ): # `model`
@@ -208,6 +208,13 @@ def quantized_from_file(model, # A model, or `Learner`, of the architecture that
         dequantize_(net)
         raise
     return model
+
+_own_buffers = 'quantization','input_range','output_range'
+
+def quantization_state(model:nn.Module)->dict: # Part of its state dict, empty if it isn't quantized
+    "Schemes and ranges, which are all that `quantize_like` needs"
+    inner = unwrap_model(model)
+    return {f'{n}.{k}'.removeprefix('.'):m._buffers[k].clone() for n,m in quantized_modules(inner).items() for k in _own_buffers if m._buffers.get(k) is not None}
 
 @torch.inference_mode(False)
 def quantize_like(model:nn.Module, # Of the architecture of `state`, before it was quantized
@@ -240,7 +247,7 @@ def _restorable(module, code, *ranges):
     if why: raise ValueError(why)
     return scheme,inputs,outputs
 
-# %% ../../nbs/09d_quantization.convert.ipynb #6dbb1d34
+# %% ../../nbs/09d_quantization.convert.ipynb #95a3c64c
 def dequantize_(model, # Quantized model or `Learner` to change
                ): # `model`
     "Forget schemes and ranges, and compute in floats again"
@@ -249,7 +256,7 @@ def dequantize_(model, # Quantized model or `Learner` to change
     for m in inner.modules(): _remove_hook(m._forward_pre_hooks, lambda f: f is reset_calls)
     for m in quantized_modules(inner).values():
         m.__class__ = float_types.get(type(m), type(m))
-        for n in ('quantization','input_range','output_range'): m._buffers.pop(n, None)
+        for n in _own_buffers: m._buffers.pop(n, None)
         for n in ('scheme','observes','calls'): m.__dict__.pop(n, None)
         _remove_hook(m._forward_hooks, lambda f: f is quantize_output)
         _remove_hook(m._load_state_dict_pre_hooks, lambda f: getattr(f, 'hook', f) is keep_ranges)
