@@ -86,7 +86,9 @@ def add_gradients_(sums:Tensor, # `[n, size, size]`, changed in place
     blocks = in_blocks(grads, sums.shape[-1]).transpose(0, 1)
     return sums.baddbmm_(blocks.mT, blocks)
 
-# %% ../nbs/04a_fisher.ipynb #9d838067
+# %% ../nbs/04a_fisher.ipynb #65b6a9d0
+_RELATIVE = 1e-10
+
 class GradientFisher(Fisher):
     "Each block as its gradients: the inverse is never formed"
     def __init__(self,
@@ -98,22 +100,27 @@ class GradientFisher(Fisher):
     def __getitem__(self, blocks): return GradientFisher(self.grads[blocks], self.damp)
     def numel(self): return self.grads.numel()
 
-    def _lower(self, grads):
+    def _damps(self, grads):
+        "For each block; much less than its gradients would be lost in rounding"
+        return (_RELATIVE*grads.square().sum((1,2))/grads.shape[1]).clamp(min=self.damp)[:,None]
+
+    def _lower(self, grads, damps):
         "Cholesky factor of what couples the gradients"
         coupling = grads@grads.mT
-        coupling.diagonal(dim1=1, dim2=2).add_(self.damp*grads.shape[1])
+        coupling.diagonal(dim1=1, dim2=2).add_(damps*grads.shape[1])
         return torch.linalg.cholesky(coupling)
 
     def inverse_groups(self, size=1):
         grads = self.grads.double()
-        explained = _group_products(torch.linalg.solve_triangular(self._lower(grads), grads, upper=False), size)
-        return (torch.eye(size, dtype=grads.dtype, device=grads.device)-explained)/self.damp
+        damps = self._damps(grads)
+        explained = _group_products(torch.linalg.solve_triangular(self._lower(grads, damps), grads, upper=False), size)
+        return (torch.eye(size, dtype=grads.dtype, device=grads.device)-explained)/damps[...,None,None]
 
     def compensation(self, weights, cut):
         grads = self.grads.double()
         lost = grads@(weights.double()*cut)[...,None]
         kept = grads*~cut[:,None]
-        change = (kept.mT@torch.cholesky_solve(lost, self._lower(kept)))[...,0]
+        change = (kept.mT@torch.cholesky_solve(lost, self._lower(kept, self._damps(grads))))[...,0]
         return torch.where(cut, -weights, change.to(weights.dtype))
 
 # %% ../nbs/04a_fisher.ipynb #1bffdbf6

@@ -11,7 +11,7 @@ from .core import *
 from .pruning import *
 from ..masking import *
 
-# %% ../../nbs/11a_callback.movement.ipynb #b2200fc7
+# %% ../../nbs/11a_callback.movement.ipynb #92ab7ca8
 class GradientPruningModifier(GMPruningModifier, abstract=True):
     "Gradual pruning by scores that gradients give: an update waits for the gradient of its batch"
     needs_dense_grad = False  # what is cut stays cut, whatever its gradient is
@@ -46,9 +46,15 @@ class GradientPruningModifier(GMPruningModifier, abstract=True):
 
     @torch.no_grad()
     def _prune(self):
+        self._mask_gradients()  # a plain loop has done so by now, `fit` has not
         super().update(self._due)
+        self._mask_gradients()  # of what was released nobody else will
         self.forget(is_last=self._due>=self.end_epoch)
         self._due = None
+
+    def _mask_gradients(self):
+        live = [p for p in self._params if p.param.grad is not None]
+        mask_tensors([p.param.grad for p in live], [p.mask for p in live])
 
     def select_masks(self, sparsities):
         "Masks that cut the lowest scores; where there are none, the smallest weights of the layer"

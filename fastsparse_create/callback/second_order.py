@@ -15,7 +15,7 @@ from ..masking import *
 from ..masks.structured import *
 from ..selection import *
 
-# %% ../../nbs/11b_callback.second_order.ipynb #5013b4a3
+# %% ../../nbs/11b_callback.second_order.ipynb #224ba805
 class _SecondOrderModifier(GradientPruningModifier, abstract=True):
     "Cuts by a Fisher matrix; a subclass says how it keeps gradients"
     def __init__(self, init_sparsity, final_sparsity, start_epoch, end_epoch, update_frequency, params, leave_enabled, inter_func, mask_type, global_sparsity, damp, fisher_block_size):
@@ -23,7 +23,7 @@ class _SecondOrderModifier(GradientPruningModifier, abstract=True):
         if isinstance(self.calculator, Slice):
             raise ValueError(f"{type(self).__name__}: mask_type {mask_type!r} is not supported, no block of the Fisher matrix holds it: use StructuredPruningModifier; accepted: unstructured, block4, [a, b] and N:M")
         if check_number(self, 'damp', damp, 0)==0: raise ValueError(f"{type(self).__name__}: damp must be above 0, got {damp}")
-        self.damp,self.fisher_block_size = damp,fisher_block_size if fisher_block_size is None else _check_count(self, 'fisher_block_size', fisher_block_size)
+        self.damp,self.fisher_block_size = damp,fisher_block_size
 
     def reset(self):
         super().reset()
@@ -43,9 +43,10 @@ class _SecondOrderModifier(GradientPruningModifier, abstract=True):
 
     def _is_near(self):
         "Does the gradient of this batch count for the next update?"
-        if self._due is not None: return True
-        batch,last = self.epoch*self.n_iter+self.iter,self.n_epoch*self.n_iter-1
-        return bool(self._plan) and min(self._plan[0][0], last)-batch<self.n_wanted()*self._batches_a_step
+        if self._due is not None or not self._plan: return self._due is not None
+        batch,end = self.epoch*self.n_iter+self.iter,self.n_epoch*self.n_iter
+        before_tick,before_end = (math.ceil((b-batch)/self._batches_a_step) for b in (self._plan[0][0],end))  # steps
+        return min(before_tick, before_end-1)<self.n_wanted()
 
     def gather(self):
         if not self._is_near(): return
@@ -86,8 +87,11 @@ class _SecondOrderModifier(GradientPruningModifier, abstract=True):
 
     def _fisher(self, p): return self.fisher(p, self.layout(p).flat(outputs_first(p, p.mask)))
 
-    def scores(self):
-        return {p.name:outputs_first(p, self.layout(p).scores(self._fisher(p), outputs_first(p, _real(p.param)))) for p in self._params if p.name in self._n_grads}
+    def scores(self): return {p.name:self._score(p) for p in self._params if p.name in self._n_grads}
+
+    def _score(self, p):
+        try: return outputs_first(p, self.layout(p).scores(self._fisher(p), outputs_first(p, _real(p.param))))
+        except torch.linalg.LinAlgError: raise ValueError(f"{p.name}: its gradients hold NaN or infinity, so that its weights can't be ranked") from None
 
     def set_masks(self, masks):
         for p,mask in zip(self._params, masks):
@@ -106,11 +110,10 @@ def _batches_a_step(learn):
     accumulation = next((cb for cb in learn.cbs if isinstance(cb, GradientAccumulation)), None)
     return math.ceil(accumulation.n_acc/learn.dls.train.bs) if accumulation else 1
 
-def _check_count(owner, name, n):
-    if check_number(owner, name, n, 1)!=int(n): raise ValueError(f"{type(owner).__name__}: {name} must be a whole number, got {n!r}")
-    return n
+def _check_count(owner, name, n, low=1):
+    if check_number(owner, name, n, low)!=int(n): raise ValueError(f"{type(owner).__name__}: {name} must be a whole number, got {n!r}")
 
-# %% ../../nbs/11b_callback.second_order.ipynb #90437c02
+# %% ../../nbs/11b_callback.second_order.ipynb #7a16976d
 _FOLDED = 16 # gradients that are added to the matrices at once
 
 class OBSPruningModifier(_SecondOrderModifier):
@@ -133,8 +136,8 @@ class OBSPruningModifier(_SecondOrderModifier):
                  num_recomputations:int=1, # Steps in which an update cuts, each with an inverse of its own
                 ):
         super().__init__(init_sparsity, final_sparsity, start_epoch, end_epoch, update_frequency, params, leave_enabled, inter_func, mask_type, global_sparsity, damp, fisher_block_size)
-        self.num_grads,self.num_recomputations = (_check_count(self, n, v) for n,v in (('num_grads',num_grads),('num_recomputations',num_recomputations)))
-        self.grad_sampler_kwargs = grad_sampler_kwargs
+        for n,v in dict(num_grads=num_grads, fisher_block_size=fisher_block_size, num_recomputations=num_recomputations).items(): _check_count(self, n, v)
+        store_attr('num_grads,grad_sampler_kwargs,num_recomputations')
 
     def keep_gradient(self, p, grad):
         super().keep_gradient(p, grad)
@@ -163,7 +166,7 @@ class OBSPruningModifier(_SecondOrderModifier):
         for i in range(1, n): self.set_masks(super().select_masks([h+(s-h)*i/n for h,s in zip(had, sparsities)]))
         return super().select_masks(sparsities)
 
-# %% ../../nbs/11b_callback.second_order.ipynb #250d449c
+# %% ../../nbs/11b_callback.second_order.ipynb #12dc0589
 class MFACPruningModifier(_SecondOrderModifier):
     "Cuts what the loss misses least by a Fisher matrix of large blocks, from few gradients, and compensates; where weights far apart depend on each other, else `OBSPruningModifier` takes in more gradients for the same memory ([paper](https://arxiv.org/abs/2107.03356))"
     def __init__(self,
@@ -180,13 +183,14 @@ class MFACPruningModifier(_SecondOrderModifier):
                  num_grads=64, # Steps before an update whose gradients are used, or a dict `{sparsity: steps}` that begins with 0.0: from that sparsity on
                  damp:float=1e-5, # Added to the diagonal of the Fisher matrix
                  grads_device='cpu', # Where gradients are kept until the update
-                 fisher_block_size:int=2000, # Weights in a block, rounded up to whole tiles of `mask_type`; None: all of a parameter
+                 fisher_block_size:int=2000, # Weights in a block, rounded up to whole tiles of `mask_type`; 0 or None: all of a parameter
                  num_pages:int=1, # Accepted for SparseML's recipes; blocks are worked on a few at a time
                  available_devices:list=None, # Accepted for SparseML's recipes; blocks are worked on where the parameter is
                  mask_type='unstructured', # Pattern: `unstructured`, `block4`, `[a, b]`, `2:4`, `4:8-T`, ...
                  grad_sampler_kwargs:dict=None, # Accepted for SparseML's recipes; gradients are those of training
                 ):
-        super().__init__(init_sparsity, final_sparsity, start_epoch, end_epoch, update_frequency, params, leave_enabled, inter_func, mask_type, global_sparsity, damp, fisher_block_size)
+        super().__init__(init_sparsity, final_sparsity, start_epoch, end_epoch, update_frequency, params, leave_enabled, inter_func, mask_type, global_sparsity, damp, fisher_block_size or 0)
+        _check_count(self, 'fisher_block_size', self.fisher_block_size, 0)
         for s,n in (num_grads if isinstance(num_grads, dict) else {0.:num_grads}).items():
             check_number(self, 'num_grads', s, 0, 1)
             _check_count(self, 'num_grads', n)
