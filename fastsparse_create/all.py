@@ -18,6 +18,11 @@ from .callback.dynamic import *
 from .callback.dynamic_pruning import *
 from .callback.quantization import *
 from .callback.structured import *
+from .callback.movement import *
+from .callback.second_order import *
+from .callback.topkast import *
+from .callback.powerpropagation import *
+from .callback.distillation import *
 from .sparsify import *
 from .sparse.linear import *
 from .asp import *
@@ -25,6 +30,8 @@ from .recipe.expression import RecipeError
 from .recipe.compile import *
 from .recipe.generate import *
 from .create.manager import *
+from .create.schemas import *
+from .create.api import *
 from .report import *
 from .flops import *
 from .plots import *

@@ -43,7 +43,7 @@ def removed_flops(level:float)->float: # None: no channels are removed
     "The share of FLOPs that goes with channels: 60 % at an optim level of 0.5, 85 % at 0.8"
     return None if level<.3 else round(1-.4*.375**((level-.5)/.3), 4)
 
-# %% ../../nbs/23_recipe.generate.ipynb #b502d1ee
+# %% ../../nbs/23_recipe.generate.ipynb #6e3b6af0
 _head = '''# Trains for {num_epochs} epochs{result}.
 version: 1.1.0
 
@@ -98,7 +98,7 @@ quantization_modifiers:
 _distillation = '''
 distillation_modifiers:
   - !DistillationModifier
-      start_epoch: 0.0
+      start_epoch: {start}
       hardness: eval(hardness)
       temperature: eval(temperature)
       teacher: {teacher}
@@ -127,7 +127,7 @@ lr_types = {'linear':_moving.format(func='linear'), 'cosine':_moving.format(func
             'exponential':_decaying.format(name='ExponentialLR', kwargs='gamma: eval((final_lr / init_lr) ** (1 / num_epochs))'),
             'constant':'  - !SetLearningRateModifier\n      learning_rate: eval(init_lr)\n      start_epoch: 0.0\n'}
 
-# %% ../../nbs/23_recipe.generate.ipynb #978f3631
+# %% ../../nbs/23_recipe.generate.ipynb #c24f8bc6
 def _is_number(o): return isinstance(o, (int,float)) and not isinstance(o, bool)
 
 def _check(ok, name, accepted, value):
@@ -222,8 +222,14 @@ def generate_recipe(sparsity:float=None, # Final share of zeros, in (0,1); None:
     if prunes or holds: parts.append(_pruning_text(pruning, 'StructuredPruningModifier' if channels else pruning_types[_scope(pruning, global_sparsity)], params, 'filter' if channels else mask_type, global_sparsity))
     if channels and prunes: parts.append(_channels)
     if int8: parts.append(_int8 + f'      scheme: {scheme}\n'*bool(scheme) + (f'      ignore: {_listed([float_layers] if isinstance(float_layers, str) else float_layers)}\n' if float_layers else ''))
-    if teacher: parts.append(_distillation.format(teacher=json.dumps(str(teacher)) if teacher not in ('self','given') else teacher))
+    if teacher: parts.append(_distillation.format(teacher=json.dumps(str(teacher)) if teacher not in ('self','given') else teacher, start=_lesson_start(teacher, prunes, is_dynamic, int8)))
     return ''.join(parts)
+
+def _lesson_start(teacher, prunes, is_dynamic, int8):
+    "A network that teaches itself has learned something before, and is about to lose it"
+    if teacher!='self': return '0.0'
+    if prunes and not is_dynamic: return 'eval(pruning_start)'
+    return 'eval(quantization_start)' if int8 else 'eval(pruning_end)' if prunes else 'eval(num_epochs * 0.1)'
 
 def _scope(pruning, global_sparsity): return 'global' if pruning=='magnitude' and global_sparsity else pruning
 
