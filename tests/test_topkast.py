@@ -1,5 +1,5 @@
 "Top-KAST: sparse in what it computes, dense in what it stores, until its window closes"
-import pickle,pytest
+import os,pickle,pytest,subprocess,sys
 import torch.nn.functional as F
 from copy import deepcopy
 from fastai.callback.fp16 import MixedPrecision
@@ -450,3 +450,65 @@ def test_scaled(name):
 
 @pytest.mark.parametrize('name', ['half','seldom','powers'])
 def test_overflows_are_no_steps(name): assert_skips_overflows(sgd, cases[name])
+
+# several processes
+
+_ddp = '''
+import sys; sys.path.insert(0, sys.argv[3])
+from utils import *
+from fastsparse_create.callback.powerpropagation import *
+from fastsparse_create.callback.pruning import *
+from fastsparse_create.callback.topkast import *
+import torch.distributed as dist
+rank = int(sys.argv[1])
+dist.init_process_group('gloo', init_method=f'file://{sys.argv[2]}', rank=rank, world_size=2)
+def agree(t):
+    both = [torch.empty_like(t) for _ in range(2)]
+    dist.all_gather(both, t.detach().contiguous())
+    return both[0].equal(both[1])
+for mods in (lambda: [TopKASTPruningModifier(.8, .5, 0, 2, .25)], lambda: [PowerpropagationModifier(0, 2, alpha=3.), GMPruningModifier(0., .8, 0, 2, .5, global_sparsity=True)]):
+    for broadcasts in (True,False):
+        for end in (2,3):
+            model = mlp()
+            net = nn.parallel.DistributedDataParallel(model, broadcast_buffers=broadcasts)
+            learn = tiny_learner(net, seed=rank, n_trn=8, opt_func=Adam, lr=.01)
+            learn.fit(end, cbs=mods())
+            for t in [*model.parameters(), *(p.mask for p in masked_params(model))]: assert agree(t), broadcasts
+            assert violations(model, learn.opt)==[] and measured_sparsity(model)==282/352
+assert not agree(learn.dls.train.one_batch()[0])
+dist.barrier()
+print('agreed', flush=True)
+os._exit(0)
+'''
+
+@pytest.mark.slow
+def test_ranks_agree(tmp_path):
+    "Each rank has batches of its own"
+    root = Path(__file__).parent
+    args,env = [sys.executable, '-W', 'ignore', '-c', _ddp],{**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(root.parent)}
+    ranks = [subprocess.Popen([*args, str(r), str(tmp_path/'store'), str(root)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    said = [p.communicate(timeout=120) for p in ranks]
+    assert [out for out,_ in said]==['agreed\n']*2, said
+
+# accuracy
+
+def _digits(cbs, seed):
+    from sklearn.datasets import load_digits
+    d = load_digits()
+    order = torch.randperm(1797, generator=torch.Generator().manual_seed(7))
+    x,y = torch.tensor(d.images, dtype=torch.float32)[order]/16,torch.tensor(d.target)[order]
+    dls = DataLoaders.from_dsets(list(zip(x[:1200], y[:1200])), list(zip(x[1200:], y[1200:])), bs=32, num_workers=0)
+    set_seed(seed, True)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64,128), nn.ReLU(), nn.Linear(128,64), nn.ReLU(), nn.Linear(64,10))
+    learn = Learner(dls, model, loss_func=nn.CrossEntropyLoss(), metrics=accuracy, opt_func=Adam)
+    with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(16, 5e-3, cbs=cbs)
+    assert measured_sparsity(model, '__ALL_PRUNABLE__')==pytest.approx(.8, abs=1e-4)
+    return 100*learn.recorder.values[-1][2]
+
+@pytest.mark.slow
+def test_digits():
+    "Within two points of gradual magnitude pruning, in the mean of three seeds"
+    def mean(cbs): return np.mean([_digits(cbs(), seed) for seed in range(3)])
+    gmp = mean(lambda: [GMPruningModifier(0., .8, 0, 12, .25)])
+    assert mean(lambda: [TopKASTPruningModifier(.8, .5, 0, 15, .25)])>gmp-2
+    assert mean(lambda: [PowerpropagationModifier(0, 16, alpha=3.), GMPruningModifier(0., .8, 0, 12, .25)])>gmp-2

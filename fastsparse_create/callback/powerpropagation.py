@@ -15,13 +15,26 @@ from .training import OnceModifier
 from ..effective import *
 from ..selection import *
 
-# %% ../../nbs/13a_callback.powerpropagation.ipynb #b9c9ea9f
+# %% ../../nbs/13a_callback.powerpropagation.ipynb #ed0e4483
 def power(w:Tensor, # Stored weight
           alpha:float, # Exponent, at least 1
          )->Tensor:
     "`w*|w|**(alpha-1)`; its derivative is `alpha*|w|**(alpha-1)`, at 0 as well"
-    y = w*w.detach().abs().pow_(alpha-1)
-    return y+(alpha-1)*(y-y.detach()) if y.requires_grad else y
+    return _Power.apply(w, alpha) if torch.is_grad_enabled() and w.requires_grad else w*_size(w, alpha)
+
+def _size(w, alpha):
+    size = w.detach().abs()
+    return size if alpha==2 else size.square_() if alpha==3 else size.pow_(alpha-1)
+
+class _Power(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, w, alpha):
+        size,ctx.alpha = _size(w, alpha),alpha
+        ctx.save_for_backward(size)
+        return w*size
+
+    @staticmethod
+    def backward(ctx, g): return (g*ctx.saved_tensors[0]).mul_(ctx.alpha),None
 
 def root(w:Tensor, # Effective weight
          alpha:float, # Exponent, at least 1

@@ -56,9 +56,9 @@ def active_weight(module, attr, weight):
     if not (torch.is_grad_enabled() and weight.requires_grad): return _kept(weight, active)
     return _SparseBothWays.apply(weight, active, reach)
 
-# %% ../../nbs/15c_callback.topkast.ipynb #5f67d58b
+# %% ../../nbs/15c_callback.topkast.ipynb #d325b08b
 class TopKASTPruningModifier(PruningModifier):
-    "Computes with the largest weights and trains some more of them: sparse in each forward and backward pass; for networks that are too large to train densely. `GMPruningModifier` is as accurate where that is affordable ([Jayakumar et al., 2021](https://arxiv.org/abs/2106.03517))"
+    "Computes with the largest weights and trains some more of them: sparse in each forward and backward pass; for networks that are too large to train densely. Where that is affordable `GMPruningModifier` is somewhat more accurate ([Jayakumar et al., 2021](https://arxiv.org/abs/2106.03517))"
     order,needs_dense_grad = 8.9,False  # what is stored at the end is there when QuantizationModifier (9) begins
     def __init__(self,
                  forward_sparsity:float, # Share of weights that the network computes without, in (0,1)
