@@ -66,13 +66,13 @@ class GradientPruningModifier(GMPruningModifier, abstract=True):
             masks = {p.name:m for (p,_),m in zip(known, chosen)}
         return [masks[p.name] if p.name in masks else magnitude_masks([p], [s], self.calculator, False)[0] for p,s in zip(self._params, sparsities)]
 
-# %% ../../nbs/11a_callback.movement.ipynb #92ab6c3c
+# %% ../../nbs/11a_callback.movement.ipynb #f0c8ecbf
 _rate,_slot = .01,'movement'
 
-def _state(opt, param):
-    "What the innermost optimizer keeps for `param`, saved and loaded with it"
+def _state(opt):
+    "What the innermost optimizer keeps for each parameter, saved and loaded with it"
     while vars(opt).get('opt') is not None: opt = opt.opt
-    return opt.state[param]
+    return opt.state
 
 class MovementPruningModifier(GradientPruningModifier):
     "Gradual pruning of the weights that move towards zero; to fine-tune pretrained networks, whose magnitudes are those of another task, to high sparsity ([paper](https://arxiv.org/abs/2005.07683))"
@@ -97,7 +97,7 @@ class MovementPruningModifier(GradientPruningModifier):
 
     def fit_starts(self):
         super().fit_starts()
-        saved = {p.name:_state(self.opt, p.param).get(_slot) for p in self._params}
+        saved = {p.name:_state(self.opt).get(p.param, {}).get(_slot) for p in self._params}
         self._scores.update({n:s for n,s in saved.items() if s is not None})
 
     def gather(self):
@@ -117,9 +117,9 @@ class MovementPruningModifier(GradientPruningModifier):
     def after_train(self):
         super().after_train()
         for p in self._params:
-            if p.name in self._scores: _state(self.opt, p.param)[_slot] = self._scores[p.name]  # is saved with the optimizer
+            if p.name in self._scores: _state(self.opt)[p.param][_slot] = self._scores[p.name]  # is saved with the optimizer
 
     def forget(self, is_last):
         if not is_last: return
         self._scores = {}
-        for p in self._params: _state(self.opt, p.param).pop(_slot, None)
+        for p in self._params: _state(self.opt).get(p.param, {}).pop(_slot, None)
