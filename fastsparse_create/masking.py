@@ -8,7 +8,7 @@ __all__ = ['logger', 'n_kept', 'kept_positions', 'mask_changes', 'mask_tensors',
            'optimizer_slots', 'mask_optimizer', 'stop_enforcing', 'make_permanent', 'masks_from_zeros',
            'masks_from_file', 'sparse_kaiming_', 'keep_variance_']
 
-# %% ../nbs/05_masking.ipynb #973a6dd1
+# %% ../nbs/05_masking.ipynb #4a49cbc4
 import math,numpy as np,torch
 from dataclasses import dataclass
 import logging
@@ -16,6 +16,7 @@ from pathlib import Path
 from fastcore.foundation import L
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
+from .effective import *
 from .masks.core import *
 from .selection import *
 
@@ -185,7 +186,7 @@ def attach_masks(model:nn.Module, # Model to change
         model._is_masked_root = True
     return [p for p in masked_params(model) if p.name in sites]
 
-# %% ../nbs/05_masking.ipynb #12338216
+# %% ../nbs/05_masking.ipynb #87698d67
 _grad_hooks,_managed = WeakTensorKeyDictionary(),set()
 
 def enforce(module:nn.Module, # A masked model, or one of its masked layers
@@ -206,7 +207,7 @@ def _enforce_own(module):
         if not is_enforced: continue
         if attr in getattr(module, 'parametrizations', ()):
             raise RuntimeError(f"{attr!r} was parametrized after it was masked: make_permanent first, and mask 'parametrizations.{attr}.original'")
-        param,mask = getattr(module, attr),module._buffers[f'{attr}_mask']
+        param,mask = stored_weight(module, attr),module._buffers[f'{attr}_mask']
         mask_tensors([param], [mask])
         _hook_grad(param, mask)
 
@@ -281,7 +282,7 @@ def mask_optimizer(opt, # fastai or PyTorch optimizer
     pairs = [(slot,p.mask) for p in params for slot in optimizer_slots(opt, p.param)]
     mask_tensors([s for s,_ in pairs], [m for _,m in pairs])
 
-# %% ../nbs/05_masking.ipynb #8320d074
+# %% ../nbs/05_masking.ipynb #ca2d2a2d
 def stop_enforcing(model:nn.Module, # Model to change
                    params:list=None, # `MaskedParam`s; default: all of the model
                   ):
@@ -297,8 +298,9 @@ def stop_enforcing(model:nn.Module, # Model to change
 
 def make_permanent(model:nn.Module, # Model to change
                   )->nn.Module: # `model`
-    "Bake the masks into the weights: zeros stay, buffers and hooks go"
+    "Bake the masks into the weights: zeros stay, buffers and hooks go, and what layers compute with is what they store"
     ps = masked_params(model)
+    store_effective(model)
     stop_enforcing(model)
     for module,attr in (o for p in ps for o in p.owners):
         del module._buffers[f'{attr}_mask']

@@ -512,3 +512,35 @@ def test_digits():
     gmp = mean(lambda: [GMPruningModifier(0., .8, 0, 12, .25)])
     assert mean(lambda: [TopKASTPruningModifier(.8, .5, 0, 15, .25)])>gmp-2
     assert mean(lambda: [PowerpropagationModifier(0, 16, alpha=3.), GMPruningModifier(0., .8, 0, 12, .25)])>gmp-2
+
+# what a model of an open window becomes
+
+def _open_models():
+    for cbs in [topkast()],[PowerpropagationModifier(0, 3, alpha=3.)],[PowerpropagationModifier(0, 3, alpha=3.), GMPruningModifier(0., .8, 0, 4, .5)],[topkast(), PowerpropagationModifier(0, 3, alpha=2.)]:
+        learn = tiny_learner()
+        learn.fit(2, cbs=cbs)
+        yield learn
+
+def test_make_permanent_stores_what_is_computed():
+    for learn in _open_models():
+        y,zeros = learn.model(x),n_zeros(read(learn.model))
+        plain = make_permanent(deepcopy(learn.model))
+        assert plain(x).equal(y) and list(plain.state_dict())==list(mlp().state_dict()) and n_zeros(stored(plain))==zeros
+
+def test_sparsity_column_counts_what_is_computed():
+    learn = tiny_learner()
+    learn.fit(2, cbs=topkast(end=3.))
+    assert learn.recorder.values[-1][-1]==282/352
+
+def test_onnx(tmp_path):
+    from fastsparse_create.export.onnx import export_onnx
+    for learn in _open_models():
+        assert export_onnx(learn.model, tmp_path/'m.onnx', x).rel_rms<1e-5
+        assert is_open(learn.model)
+
+def test_weights_that_are_written_behind_masks_of_powers():
+    learn = tiny_learner()
+    learn.fit(2, cbs=[PowerpropagationModifier(0, 3, alpha=3.), GMPruningModifier(0., .8, 0, 1, .5)])
+    for s in prunable(learn.model).values(): s.param.data.fill_(1)
+    learn.model(x)
+    assert violations(learn.model)==[]

@@ -33,7 +33,7 @@ def _is_trusted(learn, params):
     known = all(type(cb).__module__.split('.')[0] in ('fastai','fastsparse_create') and type(cb) is not Callback for cb in learn.cbs)
     return known and all(id(p.param) in held for p in params) and keeps_zeros(learn.opt)
 
-# %% ../../nbs/10_callback.core.ipynb #612497eb
+# %% ../../nbs/10_callback.core.ipynb #2039c32c
 class MaskEnforcer(Callback):
     "Keeps masked weights and their momentum at 0, masks gradients, and reports the measured `sparsity`"
     order = 10.5  # gradients are complete and unscaled after MixedPrecision (10), and not yet clipped (11)
@@ -46,7 +46,7 @@ class MaskEnforcer(Callback):
     def sparsity(self):
         "Measured on the weights, those that `SparseLinear` doesn't store included"
         stored = [(p.layer.in_features*p.layer.out_features,len(p.param)) for p in sparse_params(self.learn.model)]
-        masked = [(p.param.numel(),int(p.param.count_nonzero())) for p in masked_params(self.learn.model)]
+        masked = [(p.param.numel(),int(getattr(*p.owners[0]).count_nonzero())) for p in masked_params(self.learn.model)]
         numels,nonzeros = zip(*stored, *masked, (0,0))
         return (sum(numels)-sum(nonzeros))/max(1, sum(numels))
 
