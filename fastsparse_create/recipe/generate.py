@@ -6,8 +6,9 @@
 __all__ = ['gradual_types', 'dynamic_types', 'pruning_types', 'lr_types', 'params_to_prune', 'level_sparsity', 'removed_flops',
            'generate_recipe']
 
-# %% ../../nbs/23_recipe.generate.ipynb #d7d9a733
+# %% ../../nbs/23_recipe.generate.ipynb #0a640dce
 import json
+from types import SimpleNamespace
 from torch import nn
 from ..masks.core import *
 from ..masks.nm import *
@@ -43,7 +44,7 @@ def removed_flops(level:float)->float: # None: no channels are removed
     "The share of FLOPs that goes with channels: 60 % at an optim level of 0.5, 85 % at 0.8"
     return None if level<.3 else round(1-.4*.375**((level-.5)/.3), 4)
 
-# %% ../../nbs/23_recipe.generate.ipynb #6e3b6af0
+# %% ../../nbs/23_recipe.generate.ipynb #fbd05840
 _head = '''# Trains for {num_epochs} epochs{result}.
 version: 1.1.0
 
@@ -51,14 +52,14 @@ version: 1.1.0
 num_epochs: {num_epochs}
 '''
 
-_phases = '''
+_pruning_phases = '''
 # Phases, in epochs: {phases}
 pruning_start: {start}
 pruning_end: {end}
 update_frequency: {frequency}
 '''
 
-_int8_variables = '''
+_int8_phases = '''
 # 8-bit integers, in epochs: training with their rounding errors starts, and ranges and batch norms are frozen
 quantization_start: {start}
 quantization_freeze: {freeze}
@@ -127,7 +128,7 @@ lr_types = {'linear':_moving.format(func='linear'), 'cosine':_moving.format(func
             'exponential':_decaying.format(name='ExponentialLR', kwargs='gamma: eval((final_lr / init_lr) ** (1 / num_epochs))'),
             'constant':'  - !SetLearningRateModifier\n      learning_rate: eval(init_lr)\n      start_epoch: 0.0\n'}
 
-# %% ../../nbs/23_recipe.generate.ipynb #c24f8bc6
+# %% ../../nbs/23_recipe.generate.ipynb #ba0a1168
 def _is_number(o): return isinstance(o, (int,float)) and not isinstance(o, bool)
 
 def _check(ok, name, accepted, value):
@@ -136,30 +137,99 @@ def _check(ok, name, accepted, value):
 def _check_known(name, value, known):
     if value not in known: raise ValueError(f"{name} {value!r} is not known{did_you_mean(str(value), list(known))}; accepted: {', '.join(known)}")
 
+def _check_number(name, value, low, high=None, is_open=False):
+    above = f"{'above' if is_open else 'at least'} {low}" if high is None else f"between {low} and {high}"
+    _check(_is_number(value) and (low<value if is_open else low<=value) and (high is None or (value<high if is_open else value<=high)), name, above, value)
+
+def _check_knobs(k):
+    _check_known('pruning', k.pruning, pruning_types)
+    if k.lr is not None: _check_known('lr', k.lr, lr_types)
+    _check(_is_number(k.num_epochs) and k.num_epochs==int(k.num_epochs), 'num_epochs', 'a whole number', k.num_epochs)
+    _check_number('num_epochs', k.num_epochs, 1)
+    if k.sparsity is not None: _check_number('sparsity', k.sparsity, 0, 1, is_open=True)
+    _check(_is_number(k.init_lr) and 0<k.init_lr<=1, 'init_lr', 'above 0 and at most 1', k.init_lr)
+    _check_number('final_lr', k.final_lr, 0, 1)
+    _check(k.final_lr>0 or k.lr not in ('stepped','exponential'), 'final_lr', f'above 0 for lr {k.lr!r}', k.final_lr)
+    _check_number('hardness', k.hardness, 0, 1)
+    _check_number('temperature', k.temperature, 0, is_open=True)
+    if k.init_sparsity is not None: _check_number('init_sparsity', k.init_sparsity, 0, k.sparsity or 0)
+    for name in ('update_frequency','pruning_epochs','quantization_epochs'):
+        if getattr(k, name) is not None: _check_number(name, getattr(k, name), 0, is_open=True)
+    if k.warmup_epochs is not None: _check_number('warmup_epochs', k.warmup_epochs, 0)
+    if not k.channels: return
+    if k.sparsity is None and k.optim_level is None: raise ValueError("channels: say by sparsity which share of the FLOPs is to go")
+    if k.mask_type!='unstructured' or k.global_sparsity or k.pruning!='magnitude': raise ValueError("channels: whole channels are chosen by the FLOPs of all layers, leave mask_type, pruning and global_sparsity out")
+
+# %% ../../nbs/23_recipe.generate.ipynb #c2a2857a
+def _phases(k):
+    "Expressions for the phases of a recipe; raises `ValueError` if there is no time for them"
+    share = .5 if k.channels else .6 if k.int8 else .75 if k.is_dynamic else .7
+    is_free = k.warmup_epochs is None and k.quantization_epochs is None
+    q = k.num_epochs*.3 if k.quantization_epochs is None else k.quantization_epochs
+    left = k.num_epochs-q if k.int8 else k.num_epochs
+    start = k.warmup_epochs if k.warmup_epochs is not None else 0. if k.is_dynamic else k.num_epochs*.1
+    end = start+k.pruning_epochs if k.pruning_epochs is not None else k.num_epochs*share if is_free else start+(left-start)*.8
+    if k.prunes and not start<end<=left or q>k.num_epochs:
+        raise ValueError(f"the phases don't fit into {k.num_epochs} epochs: {start:g} of warm-up, {max(0., end-start):g} of pruning" + (f", {q:g} of quantization" if k.int8 else ''))
+    k.pruning_start = str(float(k.warmup_epochs)) if k.warmup_epochs is not None else '0.0' if k.is_dynamic else 'eval(num_epochs * 0.1)'
+    k.pruning_end = f'eval(pruning_start + {k.pruning_epochs})' if k.pruning_epochs is not None else f'eval(num_epochs * {share})' if is_free else f"eval(pruning_start + ({'quantization_start' if k.int8 else 'num_epochs'} - pruning_start) * 0.8)"
+    k.quantization_start,k.quantization_freeze = ('eval(num_epochs * 0.7)','eval(num_epochs * 0.9)') if k.quantization_epochs is None else (f'eval(num_epochs - {q})',f'eval(num_epochs - {q/3:.4g})')
+
+def _lesson_start(k):
+    "A network that teaches itself has learned something before, and is about to lose it"
+    if k.teacher!='self': return '0.0'
+    if k.prunes and not k.is_dynamic: return 'eval(pruning_start)'
+    return 'eval(quantization_start)' if k.int8 else 'eval(pruning_end)' if k.prunes else 'eval(num_epochs * 0.1)'
+
+# %% ../../nbs/23_recipe.generate.ipynb #967db6a3
+def _head_text(k):
+    percent = k.prunes and f'{k.sparsity*100:.4g}'
+    ends = [f'without {percent} % of its FLOPs' if k.channels else f'with {percent} % of the weights at zero'] if k.prunes else ['with the zeros that it has'] if k.holds else []
+    return _head.format(num_epochs=k.num_epochs, result=' and ends '+', '.join(ends+['in 8-bit integers']*k.int8) if ends or k.int8 else '')
+
+def _variables_text(k):
+    lines = []
+    if k.prunes: lines.append(f"sparsity: {k.sparsity}             # share of {'the FLOPs that go, with whole channels' if k.channels else 'zeros in the pruned layers'}")
+    if k.prunes and k.pruning in gradual_types: lines.append(f"init_sparsity: {'eval(min(0.05, sparsity / 2))' if k.init_sparsity is None else float(k.init_sparsity)}")
+    if k.lr: lines.append(f'init_lr: {float(k.init_lr)}')
+    if k.lr and k.lr!='constant': lines.append(f'final_lr: {float(k.final_lr)}')
+    if k.teacher: lines += [f'hardness: {k.hardness}             # weight of the teacher beside the labels', f'temperature: {k.temperature}']
+    return ''.join(f'{l}\n' for l in lines)
+
+_phase_names = {'acdc':'dense warm-up, dense and sparse in turns, recovery', **dict.fromkeys(dynamic_types, 'sparse from here on, connections are exchanged until here')}
+_n_updates = {'acdc':6, 'obs':10, 'mfac':10}  # AC/DC's phases; updates that cost seconds
+
+def _phases_text(k):
+    frequency = f'eval((pruning_end - pruning_start) / {_n_updates.get(k.pruning, 20)})' if k.update_frequency is None else float(k.update_frequency)
+    return _pruning_phases.format(start=k.pruning_start, end=k.pruning_end, frequency=frequency, phases=_phase_names.get(k.pruning, 'dense warm-up, pruning, recovery'))
+
+def _pruning_text(k):
+    kind = 'global' if k.pruning=='magnitude' and k.global_sparsity else k.pruning
+    text = f"\npruning_modifiers:\n  - !{'StructuredPruningModifier' if k.channels else pruning_types[kind]}\n      params:{_params_text(k.params)}"
+    if k.holds: return text+'      start_epoch: 0.0\n'
+    mask_type = 'filter' if k.channels else json.dumps(k.mask_type) if ':' in str(k.mask_type) else k.mask_type
+    target = '      compression_sparsity: eval(sparsity)\n' if kind=='acdc' else '      final_sparsity: eval(sparsity)\n' if k.is_dynamic else _gradual
+    scope = f'      global_sparsity: {str(k.global_sparsity).lower()}\n' if kind in ('obs','mfac','acdc') else ''
+    return f'{text}{target}{_window}      mask_type: {mask_type}\n{scope}' + (_channels if k.channels else '')
+
 def _listed(names): return json.dumps([str(n) for n in names], ensure_ascii=False)
 
 def _params_text(params):
     if isinstance(params, str): return f' {params}\n'
     return f' {_listed(params)}\n' if len(params)<4 else '\n'+''.join(f'        - {json.dumps(str(n), ensure_ascii=False)}\n' for n in params)
 
-def _phase_ends(n, is_dynamic, int8, channels, warmup, pruning, quantization):
-    "Expressions for the start and the end of pruning, and the start of quantization; raises `ValueError` if there is no time for them"
-    share = .5 if channels else .6 if int8 else .75 if is_dynamic else .7
-    q = n*.3 if quantization is None else quantization
-    left = n-(q if int8 else 0.)
-    start = (0. if is_dynamic else n*.1) if warmup is None else warmup
-    end = start+pruning if pruning is not None else n*share if warmup is None and quantization is None else start+(left-start)*.8
-    if not start<end<=left: raise ValueError(f"the phases don't fit into {n} epochs: {start:g} of warm-up, {max(0., end-start):g} of pruning" + (f", {q:g} of quantization" if int8 else ''))
-    start_text = ('0.0' if is_dynamic else 'eval(num_epochs * 0.1)') if warmup is None else str(float(warmup))
-    after = 'quantization_start' if int8 else 'num_epochs'
-    end_text = f'eval(pruning_start + {pruning})' if pruning is not None else f'eval(num_epochs * {share})' if warmup is None and quantization is None else f'eval(pruning_start + ({after} - pruning_start) * 0.8)'
-    return start_text,end_text,'eval(num_epochs * 0.7)' if quantization is None else f'eval(num_epochs - {quantization})'
+def _int8_text(k):
+    ignore = [k.float_layers] if isinstance(k.float_layers, str) else list(k.float_layers)
+    return _int8 + (f'      scheme: {k.scheme}\n' if k.scheme else '') + (f'      ignore: {_listed(ignore)}\n' if ignore else '')
 
+def _distillation_text(k): return _distillation.format(start=_lesson_start(k), teacher=k.teacher if k.teacher in ('self','given') else json.dumps(str(k.teacher)))
+
+# %% ../../nbs/23_recipe.generate.ipynb #420d9620
 def generate_recipe(sparsity:float=None, # Final share of zeros, in (0,1); None: what `optim_level` says, or no pruning
                     num_epochs:int=20, # Epochs of training, at least 1
                     params='__ALL_PRUNABLE__', # What to prune: a name, a list of names, or a model, of which `params_to_prune` chooses
                     mask_type='unstructured', # Pattern: `unstructured`, `block4`, `[a, b]`, `filter`, `channel`, `2:4`
-                    global_sparsity:bool=False, # Does one threshold serve all layers? For the types `magnitude` and `obs`, `mfac`, `acdc`
+                    global_sparsity:bool=False, # Does one threshold serve all layers? For the types `magnitude`, `obs`, `mfac` and `acdc`
                     int8:bool=False, # Train for 8-bit integers at the end?
                     float_layers=(), # Layers that stay in floats nevertheless
                     channels:bool=False, # Remove whole channels? `sparsity` is then the share of the FLOPs that go
@@ -179,63 +249,16 @@ def generate_recipe(sparsity:float=None, # Final share of zeros, in (0,1); None:
                     quantization_epochs:float=None, # Epochs of training for 8-bit integers
                    )->str: # YAML, which `Recipe.from_string` compiles
     "A commented recipe: dense warm-up, pruning, recovery, quantization; with learning rates and distillation if asked for"
+    k = SimpleNamespace(**locals())
     if optim_level is not None:
-        _check(_is_number(optim_level) and 0<=optim_level<=1, 'optim_level', 'between 0 and 1', optim_level)
+        _check_number('optim_level', optim_level, 0, 1)
         _check(sparsity is None, 'sparsity', 'left out where optim_level says it', sparsity)
-        sparsity = removed_flops(optim_level) if channels else level_sparsity(optim_level)
-    _check_known('pruning', pruning, pruning_types)
-    if lr is not None: _check_known('lr', lr, lr_types)
-    _check(_is_number(num_epochs) and num_epochs==int(num_epochs), 'num_epochs', 'a whole number', num_epochs)
-    _check(num_epochs>=1, 'num_epochs', 'at least 1', num_epochs)
-    num_epochs,is_dynamic,holds = int(num_epochs),pruning in dynamic_types,pruning=='constant'
-    if sparsity is not None: _check(_is_number(sparsity) and 0<sparsity<1, 'sparsity', 'between 0 and 1', sparsity)
-    _check(_is_number(init_lr) and 0<init_lr<=1, 'init_lr', 'above 0 and at most 1', init_lr)
-    _check(_is_number(final_lr) and 0<=final_lr<=1 and (final_lr>0 or lr not in ('stepped','exponential')), 'final_lr', "between 0 and 1, and above 0 for 'stepped' and 'exponential'", final_lr)
-    _check(_is_number(hardness) and 0<=hardness<=1, 'hardness', 'between 0 and 1', hardness)
-    _check(_is_number(temperature) and temperature>0, 'temperature', 'above 0', temperature)
-    if init_sparsity is not None: _check(_is_number(init_sparsity) and 0<=init_sparsity<=(sparsity or 0), 'init_sparsity', f'between 0 and sparsity {sparsity}', init_sparsity)
-    for name,value in dict(update_frequency=update_frequency, pruning_epochs=pruning_epochs, quantization_epochs=quantization_epochs).items():
-        if value is not None: _check(_is_number(value) and value>0, name, 'above 0', value)
-    if warmup_epochs is not None: _check(_is_number(warmup_epochs) and warmup_epochs>=0, 'warmup_epochs', 'at least 0', warmup_epochs)
-    if channels:
-        if sparsity is None and optim_level is None: raise ValueError("channels: say by sparsity which share of the FLOPs is to go")
-        if mask_type!='unstructured' or global_sparsity or pruning!='magnitude': raise ValueError("channels: whole channels are chosen by the FLOPs of all layers, leave mask_type, pruning and global_sparsity out")
-    if isinstance(params, nn.Module): params = '__ALL_PRUNABLE__' if holds or channels else params_to_prune(params, mask_type)
-    if sparsity and not holds: start,end,q_start = _phase_ends(num_epochs, is_dynamic, int8, channels, warmup_epochs, pruning_epochs, quantization_epochs)
-    else:
-        q_start = 'eval(num_epochs * 0.7)' if quantization_epochs is None else f'eval(num_epochs - {quantization_epochs})'
-        if int8 and quantization_epochs is not None: _check(quantization_epochs<=num_epochs, 'quantization_epochs', f'at most num_epochs {num_epochs}', quantization_epochs)
-    prunes = bool(sparsity) and not holds
-    # text
-    percent = prunes and f'{sparsity*100:.4g}'
-    ends = [f'without {percent} % of its FLOPs' if channels else f'with {percent} % of the weights at zero'] if prunes else ['with the zeros that it has'] if holds else []
-    parts = [_head.format(num_epochs=num_epochs, result=' and ends '+', '.join(ends+['in 8-bit integers']*int8) if ends or int8 else '')]
-    if prunes: parts.append(f"sparsity: {sparsity}             # share of {'the FLOPs that go, with whole channels' if channels else 'zeros in the pruned layers'}\n")
-    if prunes and not is_dynamic and pruning!='acdc': parts.append(f"init_sparsity: {'eval(min(0.05, sparsity / 2))' if init_sparsity is None else float(init_sparsity)}\n")
-    if lr: parts.append(f'init_lr: {float(init_lr)}\n' + f'final_lr: {float(final_lr)}\n'*(lr!='constant'))
-    if teacher: parts.append(f'hardness: {hardness}             # weight of the teacher beside the labels\ntemperature: {temperature}\n')
-    updates = 6 if pruning=='acdc' else 10 if pruning in ('obs','mfac') else 20
-    if prunes: parts.append(_phases.format(start=start, end=end, frequency=f'eval((pruning_end - pruning_start) / {updates})' if update_frequency is None else float(update_frequency),
-                                           phases='sparse from here on, connections are exchanged until here' if is_dynamic else 'dense warm-up, dense and sparse in turns, recovery' if pruning=='acdc' else 'dense warm-up, pruning, recovery'))
-    if int8: parts.append(_int8_variables.format(start=q_start, freeze='eval(num_epochs * 0.9)' if quantization_epochs is None else f'eval(num_epochs - {quantization_epochs/3:.4g})'))
-    parts.append(_training + (lr_types[lr] if lr else ''))
-    if prunes or holds: parts.append(_pruning_text(pruning, 'StructuredPruningModifier' if channels else pruning_types[_scope(pruning, global_sparsity)], params, 'filter' if channels else mask_type, global_sparsity))
-    if channels and prunes: parts.append(_channels)
-    if int8: parts.append(_int8 + f'      scheme: {scheme}\n'*bool(scheme) + (f'      ignore: {_listed([float_layers] if isinstance(float_layers, str) else float_layers)}\n' if float_layers else ''))
-    if teacher: parts.append(_distillation.format(teacher=json.dumps(str(teacher)) if teacher not in ('self','given') else teacher, start=_lesson_start(teacher, prunes, is_dynamic, int8)))
-    return ''.join(parts)
-
-def _lesson_start(teacher, prunes, is_dynamic, int8):
-    "A network that teaches itself has learned something before, and is about to lose it"
-    if teacher!='self': return '0.0'
-    if prunes and not is_dynamic: return 'eval(pruning_start)'
-    return 'eval(quantization_start)' if int8 else 'eval(pruning_end)' if prunes else 'eval(num_epochs * 0.1)'
-
-def _scope(pruning, global_sparsity): return 'global' if pruning=='magnitude' and global_sparsity else pruning
-
-def _pruning_text(pruning, modifier, params, mask_type, global_sparsity):
-    text = f'\npruning_modifiers:\n  - !{modifier}\n      params:{_params_text(params)}'
-    if pruning=='constant': return text+'      start_epoch: 0.0\n'
-    text += '      compression_sparsity: eval(sparsity)\n' if pruning=='acdc' else '      final_sparsity: eval(sparsity)\n' if pruning in dynamic_types else _gradual
-    text += _window + f"      mask_type: {json.dumps(mask_type) if ':' in str(mask_type) else mask_type}\n"
-    return text + f'      global_sparsity: {str(global_sparsity).lower()}\n'*(pruning in ('obs','mfac','acdc'))
+        k.sparsity = removed_flops(optim_level) if channels else level_sparsity(optim_level)
+    _check_knobs(k)
+    k.num_epochs,k.is_dynamic,k.holds = int(num_epochs),pruning in dynamic_types,pruning=='constant'
+    k.prunes = bool(k.sparsity) and not k.holds
+    if isinstance(params, nn.Module): k.params = '__ALL_PRUNABLE__' if k.holds or channels else params_to_prune(params, mask_type)
+    _phases(k)
+    parts = [(_head_text, True), (_variables_text, True), (_phases_text, k.prunes), (lambda k: _int8_phases.format(start=k.quantization_start, freeze=k.quantization_freeze), int8), (lambda k: _training, True),
+             (lambda k: lr_types[lr], lr), (_pruning_text, k.prunes or k.holds), (_int8_text, int8), (_distillation_text, teacher)]
+    return ''.join(text(k) for text,is_there in parts if is_there)
