@@ -518,6 +518,20 @@ def test_running_averages_follow(use_buffers):
 def test_calibration_steps_are_whole(n):
     with pytest.raises((ValueError,TypeError), match='num_calibration_steps'): QuantizationModifier(0., num_calibration_steps=n)
 
+def test_random_generators_are_left_alone():
+    "Neither an example nor calibration draws from them, and two of them see the same batches"
+    ranges = []
+    for seed in 1,2:
+        learn = learner()
+        learn.dls.train = learn.dls.train.new(shuffle=True)
+        set_seed(seed)
+        states = random.getstate(),np.random.get_state()[1].copy(),torch.get_rng_state()
+        quantize_(learn)
+        calibrate_(learn, n=1)
+        assert random.getstate()==states[0] and (np.random.get_state()[1]==states[1]).all() and torch.equal(torch.get_rng_state(), states[2])
+        ranges.append({k:v for k,v in learn.model.state_dict().items() if k.endswith('_range')})
+    assert ranges[0].keys()==ranges[1].keys() and all(torch.equal(ranges[0][k], ranges[1][k]) for k in ranges[0])
+
 def test_one_modifier():
     with pytest.raises(ValueError, match='give one'): learner().fit(1, cbs=[QuantizationModifier(0., submodules=['0']), QuantizationModifier(0., submodules=['3'])])
 

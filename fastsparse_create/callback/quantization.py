@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['QuantizationModifier']
 
-# %% ../../nbs/14_callback.quantization.ipynb #6dd14d6d
+# %% ../../nbs/14_callback.quantization.ipynb #1629c367
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
-from fastai.torch_core import get_random_states,set_random_states
 from .core import *
 from ..masking import *
 from ..quantization.convert import *
@@ -16,7 +15,7 @@ from ..quantization.core import *
 from ..schedule import *
 from ..selection import unwrap_model
 
-# %% ../../nbs/14_callback.quantization.ipynb #b882670b
+# %% ../../nbs/14_callback.quantization.ipynb #99cf4070
 class QuantizationModifier(Modifier):
     "Quantization-aware training from `start_epoch` on; it can't be undone, so there is no end ([Jacob et al., 2018](https://arxiv.org/abs/1712.05877))"
     def __init__(self,
@@ -114,18 +113,13 @@ class QuantizationModifier(Modifier):
         ignore = [*(self.ignore or []), *(self.exclude_module_types or [])]
         if not self.quantize_embeddings and any(isinstance(m, nn.Embedding) for m in self.model.modules()): ignore.append('Embedding')
         self.report = quantize_(self.model, self.xb if len(self.xb) else None, self._scheme, self._overrides, ignore, self.submodules, self.strict)
-        if self.num_calibration_steps: self._calibrate()
+        if self.num_calibration_steps: calibrate_(self.learn, n=int(self.num_calibration_steps))
         for average in averaged_models(self.learn): quantize_like(average, unwrap_model(self.model).state_dict())
         left = [f'{r.layer} ({r.why_not})' for r in self.report.rows if r.why_not and r.why_not!='ignored']
         logger.info(f"QuantizationModifier: epoch {epoch:g}, {self.report.summary}" + (f"; not {', '.join(left)}" if left else ''))
         if self._stop_mixed_precision():
             logger.info(f"QuantizationModifier: mixed precision is switched off from epoch {epoch:g} on")
             self.opt.zero_grad()  # what gradient accumulation has gathered so far is scaled
-
-    def _calibrate(self):
-        states = get_random_states()
-        try: calibrate_(self.model, (b[:self.dls.n_inp] for b in self.dls.train.new(shuffle=False)), int(self.num_calibration_steps))
-        finally: set_random_states(**states)
 
     def _stop_mixed_precision(self):
         running = [cb for cb in self.learn.cbs if isinstance(cb, MixedPrecision) and cb.run]

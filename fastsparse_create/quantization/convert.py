@@ -6,12 +6,13 @@
 __all__ = ['QuantizedRow', 'quantized_modules', 'is_quantized', 'observe', 'calibrate_', 'mean_over_ranks_', 'quantize_',
            'quantized_from_file', 'quantization_state', 'quantize_like', 'dequantize_']
 
-# %% ../../nbs/09d_quantization.convert.ipynb #6b21766d
+# %% ../../nbs/09d_quantization.convert.ipynb #0b8aa999
 import re,torch
 from dataclasses import dataclass,replace
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
+from fastai.torch_core import no_random
 from torch import nn,Tensor
 from ..masking import *
 from ..masking import _check_fit,_load_state
@@ -66,7 +67,7 @@ def _how(args, n=1):
     how = f"{'int' if args.symmetric else 'uint'}{args.num_bits-args.reduce_range}{' by channel' if args.strategy=='channel' else ''}"
     return how if n==1 else f'{n} x {how}'
 
-# %% ../../nbs/09d_quantization.convert.ipynb #feb30e64
+# %% ../../nbs/09d_quantization.convert.ipynb #42624941
 def quantized_modules(model:nn.Module)->dict: # Name -> module with weights or activations that are rounded
     "What `quantize_` has changed"
     return {n:m for n,m in unwrap_model(model).named_modules() if 'quantization' in m._buffers}
@@ -83,14 +84,14 @@ def observe(model:nn.Module, # A quantized model
     for m in quantized_modules(model).values(): m.observes = when
 
 def calibrate_(model, # Quantized model or `Learner`
-               batches=None, # Each is what the model is called with; default for a `Learner`: its training set
+               batches=None, # Each is what the model is called with; default for a `Learner`: its training set, in an order of its own
                n:int=None, # How many; default: all
               ):
     "Observe the ranges of activations on some batches, in evaluation"
     if batches is None:
         if not hasattr(model, 'dls'): raise ValueError("calibrate_: give batches, or a Learner")
         dls = model.dls
-        batches = (tuple(b[:dls.n_inp]) for b in dls.train)
+        with no_random(): return calibrate_(model.model, (tuple(b[:dls.n_inp]) for b in dls.train), n)
     model = unwrap_model(getattr(model, 'model', model))
     was = {m:m.observes for m in quantized_modules(model).values()}
     if not was: raise ValueError("calibrate_: the model is not quantized, quantize_ it first")
@@ -112,7 +113,7 @@ def mean_over_ranks_(model:nn.Module):
     torch.distributed.all_reduce(flat)
     for r,mean in zip(ranges, flat.div_(torch.distributed.get_world_size()).split([r.numel() for r in ranges])): r.copy_(mean.view_as(r))
 
-# %% ../../nbs/09d_quantization.convert.ipynb #efdb01e9
+# %% ../../nbs/09d_quantization.convert.ipynb #c94cb758
 def _finish(model):
     "What a model needs when its layers are quantized"
     with no_shortcuts(model, keep=True): pass
@@ -186,7 +187,7 @@ def _apply_plan(name, module, scheme, inputs, outputs, why_not, device):
     return QuantizedRow(name, kind, _how(scheme.weights), _how(scheme.input_activations, n_inputs), _how(scheme.output_activations, outputs), '')
 
 def _first_inputs(learn):
-    batch = learn.dls.one_batch()
+    with no_random(): batch = learn.dls.one_batch()
     return tuple(batch[:learn.dls.n_inp]) if isinstance(batch, (tuple,list)) else batch
 
 # %% ../../nbs/09d_quantization.convert.ipynb #e9397755
