@@ -57,7 +57,7 @@ def _from_name(name, n_out, pretrained=False):
 
 def _first_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0]
 
-# %% ../../nbs/41_experiment.models.ipynb #9ffb6f4e
+# %% ../../nbs/41_experiment.models.ipynb #00bd8461
 def _read_weights(file):
     "The content of a file of weights, as a dict with the state dict in `model`"
     if not file.exists(): raise FileNotFoundError(f"{file}: no such file")
@@ -69,35 +69,42 @@ def _read_weights(file):
 
 def _without_masks(state): return {k:v for k,v in state.items() if not (k.endswith('_mask') and k.removesuffix('_mask') in state and v.dtype==torch.bool)}
 
-def _load_weights(file, arch=None, n_out=None, as_saved=False):
-    saved = _read_weights(file)
-    state,arch = _without_masks(saved['model']),arch or saved.get('arch')
-    if arch is None: raise ValueError(f"{file}: doesn't say of which network it holds the weights; name it, as arch")
-    n_out = n_out or len(saved.get('classes', []))
-    model = _from_name(arch, n_out)
+def _fill(model, file, saved, what):
+    "Give a network the weights of a file, in the shape and the arithmetic that it was saved in"
+    state = _without_masks(saved['model'])
     try:
         if saved.get('thinned'): thin_like(model, state)
         if any(k.split('.')[-1]=='quantization' for k in state): quantize_like(model, state)
         model.load_state_dict(state)
-    except (RuntimeError,ValueError) as e: raise ValueError(f"{file}: doesn't fit {arch!r} with {n_out} classes: {str(e).strip().splitlines()[-1].strip()}") from e
-    return model if as_saved else dequantize_(model)
+    except (RuntimeError,ValueError) as e: raise ValueError(f"{file}: doesn't fit {what}: {str(e).strip().splitlines()[-1].strip()}") from e
+    return model
+
+def _need_arch(file, arch):
+    if arch is None: raise ValueError(f"{file}: doesn't say of which network it holds the weights; name it, as arch")
+    return arch
+
+def _load_weights(file, arch, n_out, make):
+    saved = _read_weights(file)
+    arch = _need_arch(file, arch or saved.get('arch'))
+    return dequantize_(_fill(make(arch, n_out), file, saved, f'{arch!r} with {n_out} classes'))
 
 def _load_pickle(file):
     if not file.exists(): raise FileNotFoundError(f"{file}: no such file")
     try: return dequantize_(make_permanent(load_learner(file).model))
     except Exception as e: raise ValueError(f"{file}: no Learner that can be loaded: {_first_line(e)}") from e
 
-# %% ../../nbs/41_experiment.models.ipynb #f42fb78e
+# %% ../../nbs/41_experiment.models.ipynb #0e66a43f
 def create_model(name:str, # A name of fastai's, torchvision's or timm's, or a file `.pth` or `.pkl`
                  n_out:int, # Number of classes
                  pretrained:bool=False, # Download weights?
                  arch:str=None, # Name of the network whose weights are in a `.pth` that doesn't say it
+                 make=None, # `(name, n_out, pretrained)` -> network; default: a classifier of fastai's, torchvision's or timm's
                 )->nn.Module:
     "A network for `n_out` classes; `ValueError` or `OSError` if there is none"
-    file = Path(name).expanduser()
+    file,make = Path(name).expanduser(),make or _from_name
     if file.suffix=='.pkl': return _load_pickle(file)
-    if file.suffix in ('.pth','.pt'): return _load_weights(file, arch, n_out)
-    return _from_name(name, n_out, pretrained)
+    if file.suffix in ('.pth','.pt'): return _load_weights(file, arch, n_out, partial(make, pretrained=False))
+    return make(name, n_out, pretrained)
 
 def arch_name(name:str, # As for `create_model`
               arch:str=None, # As for `create_model`
@@ -120,7 +127,7 @@ def check_outputs(model:nn.Module, # A classifier
     shape = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
     if shape!=[len(xb),n_out]: raise ValueError(f"the model must give {n_out} numbers for each image of {size}, one for a class; it gives {shape} for {len(xb)} images")
 
-# %% ../../nbs/41_experiment.models.ipynb #de7a1e8c
+# %% ../../nbs/41_experiment.models.ipynb #67f00381
 def save_model(file, # Path to write
                model:nn.Module, # A model without masks, see `make_permanent`
                arch:str, # Name of the network, or None
@@ -133,4 +140,9 @@ def save_model(file, # Path to write
 def load_model(file, # What `save_model` wrote
               )->nn.Module: # The network, ready for inference
     "Rebuild a network from its file; runs no code of the file"
-    return _load_weights(Path(file), as_saved=True).eval()
+    from fastsparse_create.experiment.use_case import find_use_case
+    file = Path(file)
+    saved = _read_weights(file)
+    arch,case,classes = _need_arch(file, saved.get('arch')),saved.get('use_case'),saved.get('classes', [])
+    model = find_use_case(case).build(saved) if case else _from_name(arch, len(classes))
+    return _fill(model, file, saved, f'{arch!r} with {len(classes)} classes').eval()
