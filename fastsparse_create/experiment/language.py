@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['import_transformers', 'load_config', 'load_tokenizer', 'LanguageModel', 'load_language_model', 'has_head',
-           'Encodings', 'as_rows', 'PadBatch', 'longest_input', 'input_length', 'language_dls', 'save_language_model']
+           'Encodings', 'as_rows', 'PadBatch', 'longest_input', 'reads_kinds', 'input_length', 'language_dls',
+           'save_language_model', 'build_language_model', 'plain_config']
 
 # %% ../../nbs/40c_experiment.language.ipynb #c89ad06e
 import logging
@@ -102,16 +103,20 @@ def has_head(config, # From `load_config`
     "Was the network that was saved with `config` trained for this kind of task?"
     return any(o.endswith('For'+kind) for o in config.architectures or ())
 
-# %% ../../nbs/40c_experiment.language.ipynb #c8e0015f
+# %% ../../nbs/40c_experiment.language.ipynb #81e87bbc
 class Encodings:
     "Texts as the tokenizer gives them, with their targets"
     def __init__(self,
                  rows:list, # For each text a dict: name of an input of the model -> numbers
                  targets:list, # For each text a number, or a list of them
-                ): store_attr()
+                 **info, # More lists, for metrics: which text of the data it is a part of, say
+                ):
+        store_attr()
+        self.info = info
+        for k,v in info.items(): setattr(self, k, v)
     def __len__(self): return len(self.rows)
     def __getitem__(self, i): return self.rows[i],self.targets[i]
-    def new_empty(self): return Encodings(self.rows[:0], self.targets[:0])
+    def new_empty(self): return Encodings([], [], **{k:[] for k in self.info})
 
 def as_rows(encoding, # What a tokenizer gave for several texts
            )->list:
@@ -124,7 +129,7 @@ class PadBatch:
     def __init__(self,
                  length:int, # Numbers in a row
                  pad_id:int, # What is put behind a text
-                 target_fill:int=-100, # What is put behind targets that belong to tokens
+                 of_tokens:bool=False, # Does each token have a target?
                 ): store_attr()
 
     def _padded(self, rows, fill): return tensor([[*r, *[fill]*(self.length-len(r))] for r in rows])
@@ -132,14 +137,17 @@ class PadBatch:
     def __call__(self, samples):
         rows,targets = zip(*samples)
         inputs = [self._padded([r[n] for r in rows], self.pad_id if n=='input_ids' else 0) for n in rows[0]]
-        if isinstance(targets[0], list) and len(targets[0])==len(rows[0]['input_ids']): return *inputs,self._padded(targets, self.target_fill)
-        return *inputs,tensor(targets)
+        return *inputs,self._padded(targets, -100) if self.of_tokens else tensor(targets)
 
 def longest_input(tokenizer, config)->int:
     "How many tokens a network takes"
     positions = getattr(config, 'max_position_embeddings', None) or math.inf
     if config.model_type in ('roberta','xlm-roberta','camembert','longformer','mpnet'): positions -= (config.pad_token_id or 0)+1  # it counts from there
     return int(min(tokenizer.model_max_length, positions, 1_000_000))
+
+def reads_kinds(config)->bool:
+    "Does a network read of which of two texts a token is?"
+    return getattr(config, 'type_vocab_size', 0)>1
 
 def input_length(lengths:list, # Tokens of each text
                  limit:int, # What the network takes, see `longest_input`
@@ -155,11 +163,12 @@ def language_dls(train:Encodings, # To train with
                  tokenizer, # Whose padding is used
                  length:int, # Tokens in a row
                  bs:int=32, # Batch size, at most as many as there are texts
+                 of_tokens:bool=False, # Does each token have a target?
                 )->DataLoaders:
     "Batches of tensors: numbers of tokens, which of them are there, of which of two texts they are, and targets"
-    return DataLoaders.from_dsets(train, valid, bs=min(bs, len(train)), num_workers=0, create_batch=PadBatch(length, tokenizer.pad_token_id))
+    return DataLoaders.from_dsets(train, valid, bs=min(bs, len(train)), num_workers=0, create_batch=PadBatch(length, tokenizer.pad_token_id, of_tokens))
 
-# %% ../../nbs/40c_experiment.language.ipynb #1136c684
+# %% ../../nbs/40c_experiment.language.ipynb #24ff06bc
 def save_language_model(model:LanguageModel, # Without masks, see `make_permanent`
                         tokenizer, # That belongs to it
                         folder, # To write
@@ -168,3 +177,14 @@ def save_language_model(model:LanguageModel, # Without masks, see `make_permanen
     with _quietly():
         dequantize_(deepcopy(model)).cpu().network.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+
+def build_language_model(auto:str, # As for `load_language_model`
+                         config:dict, # Of a config of Transformers, as `plain_config` gives it
+                        )->LanguageModel: # With random weights
+    "A network like the one that `config` was taken from"
+    transformers = import_transformers()
+    return LanguageModel(getattr(transformers, auto).from_config(transformers.AutoConfig.for_model(**config)))
+
+def plain_config(config)->dict: # Of numbers, texts, lists and dicts
+    "What `build_language_model` needs of a config of Transformers"
+    return json.loads(config.to_json_string(use_diff=False))
