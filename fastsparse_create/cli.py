@@ -8,7 +8,7 @@ __all__ = ['main']
 # %% ../nbs/45_cli.ipynb #2da079d9
 import argparse,logging,shlex,sys,warnings
 
-# %% ../nbs/45_cli.ipynb #89f80b93
+# %% ../nbs/45_cli.ipynb #159a4ef3
 class _Parser(argparse.ArgumentParser):
     def error(self, message): self.exit(2, f'{self.prog}: {message}\n')
 
@@ -18,12 +18,12 @@ def _parser():
         help='train a model dense and sparse, compare the two', description='''Train a dense model, then a sparse one from the same start, and write recipe, weights, metrics and
         a report into a new folder. Exit code 2: something in the command has to be changed; 1: the run failed.''')
     add = p.add_argument
-    add('--use-case', required=True, help='kind of task: image_classification, segmentation')
-    add('--model', required=True, help='name of a network of fastai, torchvision or timm (segmentation: unet_<encoder>, or one of torchvision), or a file: .pth (weights) or .pkl (an exported Learner: a pickle, which may run any code; only if you trust it)')
-    add('--data', required=True, help="folder. Classification: train/<class>/ and valid/<class>/, or <class>/, or 'digits', or the name of a data set of fastai; segmentation: images/ and masks/ or YOLO labels/, split by train/ and val/ or not, or a data.yaml")
+    add('--use-case', required=True, help='kind of task: image_classification, object_detection, segmentation')
+    add('--model', required=True, help='name of a network of fastai, torchvision or timm (detection: a one-stage detector of torchvision; segmentation: unet_<encoder>, or one of torchvision), or a file: .pth (weights) or .pkl (an exported Learner: a pickle, which may run any code; only if you trust it)')
+    add('--data', required=True, help="folder. Classification: train/<class>/ and valid/<class>/, or <class>/, or 'digits', or the name of a data set of fastai; detection: images/ and labels/ of YOLOv5, segmentation: masks/, too; split by train/ and val/ or not, or a data.yaml")
     add('--optim-level', default='0.5', help='0: dense only; below 0.3: INT8; 0.3 to 1: INT8 and 60%% to 95%% sparse; 2 to 100 are percent (default: %(default)s)')
     add('--target', default='any', help='where the model is to run. any: zeros anywhere and INT8, a small file; onnxruntime: whole channels removed and INT8, fast in ONNX Runtime (default: %(default)s)')
-    add('--eval-metric', help='classification: accuracy (default), f1, recall, precision or error_rate; segmentation: mean_iou (default), dice or accuracy')
+    add('--eval-metric', help='classification: accuracy (default), f1, recall, precision or error_rate; detection: mAP (default), mAP_50, recall; segmentation: mean_iou (default), dice, accuracy')
     add('--recipe', help='file .yaml or .md with a recipe; default: one is generated for the optim level')
     add('--recipe-args', help="""values for the recipe's variables: 'sparsity=0.9,num_epochs=5', or JSON""")
     add('--train-kwargs', help="""dict of options, of images lr, wd, bs, size, augment, workers, pretrained, arch: '{"lr": 0.001, "bs": 32}'""")

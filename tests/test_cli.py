@@ -249,8 +249,8 @@ def test_usage_errors_are_one_sentence(args, said, capsys, tmp_path, monkeypatch
     assert said in refused(capsys, *args)
     assert not list(tmp_path.iterdir())
 
-@pytest.mark.parametrize('name', ['cv-detection','nlp-question_answering','nlp-token_classification',
-                                  'nlp-named_entity_recognition','OD','Question Answering'])
+@pytest.mark.parametrize('name', ['nlp-question_answering','nlp-token_classification',
+                                  'nlp-named_entity_recognition','Question Answering'])
 def test_use_cases_to_come(name, capsys):
     assert 'this version runs image_classification' in refused(capsys, '--use-case', name, *small[:2], *digits)
 

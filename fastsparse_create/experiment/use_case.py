@@ -54,14 +54,11 @@ class UseCase:
 
     def __post_init__(self): use_cases[self.name] = self
 
-# %% ../../nbs/41a_experiment.use_case.ipynb #37bf90c8
-built_in = ('segmentation',)  # modules that register more use cases
+# %% ../../nbs/41a_experiment.use_case.ipynb #5d40d5b5
+built_in = ('segmentation','text','detection')  # modules that register more use cases
 
 _to_come = {
-    'object_detection': ('od','detection','cv_detection','yolo'),
     'question_answering': ('qa','nlp_question_answering'),
-    'text_classification': ('glue','nlp_text_classification'),
-    'sentiment_analysis': ('sentiment','nlp_sentiment_analysis'),
     'token_classification': ('nlp_token_classification',),
     'named_entity_recognition': ('ner','nlp_named_entity_recognition')}
 
