@@ -249,13 +249,22 @@ def test_usage_errors_are_one_sentence(args, said, capsys, tmp_path, monkeypatch
     assert said in refused(capsys, *args)
     assert not list(tmp_path.iterdir())
 
-@pytest.mark.parametrize('name', ['nlp-question_answering','nlp-token_classification',
-                                  'nlp-named_entity_recognition','Question Answering'])
-def test_use_cases_to_come(name, capsys):
-    assert 'this version runs image_classification' in refused(capsys, '--use-case', name, *small[:2], *digits)
+@pytest.mark.parametrize('name,aliases', [
+    ('image_classification', ['image_classification','image-classification','Image Classification','IC','classification','cv-classification','cv_classification']),
+    ('object_detection', ['object_detection','OD','detection','cv-detection','yolo']),
+    ('segmentation', ['segmentation','image_segmentation','cv-segmentation']),
+    ('question_answering', ['question_answering','QA','nlp-question_answering','Question Answering','nlp_qa']),
+    ('text_classification', ['text_classification','glue','nlp-text_classification','document_classification']),
+    ('sentiment_analysis', ['sentiment_analysis','Sentiment','nlp-sentiment_analysis']),
+    ('token_classification', ['token_classification','nlp-token_classification']),
+    ('named_entity_recognition', ['named_entity_recognition','NER','nlp-named_entity_recognition']),
+])
+def test_aliases(name, aliases): assert {module.find_use_case(a).name for a in aliases}=={name}
 
-@pytest.mark.parametrize('name', ['image_classification','image-classification','Image Classification','IC','classification','cv-classification','cv_classification'])
-def test_aliases(name): assert module.find_use_case(name).name=='image_classification'
+def test_unknown_use_cases(capsys):
+    assert "'nlp-question_answerng' is not known, did you mean 'question_answering'?" in refused(capsys, '--use-case', 'nlp-question_answerng', *small[:2], *digits)
+    text = refused(capsys, '--use-case', 'translation', *small[:2], *digits)
+    assert all(n in text for n in ('image_classification','object_detection','segmentation','question_answering','text_classification','sentiment_analysis','token_classification','named_entity_recognition'))
 
 def test_a_recipe_that_does_not_fit_is_refused_before_training(capsys, tmp_path):
     recipe = tmp_path/'r.yaml'

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['text_metrics', 'language_case', 'text_classification', 'sentiment_analysis', 'LanguageOptions', 'TextOptions',
            'sorted_classes', 'fitting_classes', 'LanguageData', 'labelled_config', 'prepare_texts', 'language_network',
-           'language_facts', 'language_saved', 'write_language_model', 'language_arch', 'sample_logits', 'language_use']
+           'language_facts', 'language_saved', 'write_language_model', 'language_arch', 'evenly', 'logits_of',
+           'language_use']
 
 # %% ../../nbs/41d_experiment.text.ipynb #16d4abd3
 from collections import Counter
@@ -56,19 +57,18 @@ def _label(record, column):
     if isinstance(value, (str,int)) and str(value).strip(): return str(value).strip()
     raise ValueError(f"{record.where}: the label {column!r} must be a text or a whole number, got {value!r:.60}")
 
-# %% ../../nbs/41d_experiment.text.ipynb #142df327
+# %% ../../nbs/41d_experiment.text.ipynb #e5900cc5
 def sorted_classes(names)->list:
     "Names of classes in order; numbers by their size"
     return sorted(names, key=lambda n: (0,int(n),n) if re.fullmatch(r'-?\d+', n) else (1,0,n))
 
-def fitting_classes(found, # Names of the classes in the data
+def fitting_classes(classes:list, # Names of the classes in the data, in the order that a new head gets
                     config, # Of the network
                     kind:str, # Of its head: `'SequenceClassification'`
                     name:str, # Of the network
                     new_head:bool, # May it be replaced?
                    )->list:
     "The classes in the order of the network's head; `ValueError` if that has others"
-    classes = sorted_classes(found)
     if new_head or not has_head(config, kind): return classes
     theirs = [config.id2label[i] for i in range(config.num_labels)]
     generic = all(re.fullmatch(r'LABEL_\d+', o) for o in theirs)
@@ -81,7 +81,7 @@ def _classes(train, label, config, name, o):
     counts = Counter(_label(r, label) for r in train)
     if len(counts)<2: raise ValueError(f"{train[0].where}: all labels are {next(iter(counts))!r}; a classifier needs two classes or more")
     if len(counts)>max(20, len(train)/2): raise ValueError(f"{train[0].where}: {label!r} has {len(counts)} different values in {len(train)} examples; is it the column of labels?")
-    return fitting_classes(counts, config, 'SequenceClassification', name, o.new_head)
+    return fitting_classes(sorted_classes(counts), config, 'SequenceClassification', name, o.new_head)
 
 def _index(record, label, classes):
     value = _label(record, label)
@@ -134,7 +134,7 @@ def prepare_texts(records:Records, # As they were read
     return LanguageData(records.name, records.epochs, records.split, *map(Encodings, rows, targets), valid, classes, [*columns, label],
                         tokenizer, labelled_config(config, classes), length, sum(n>length for n in lengths))
 
-# %% ../../nbs/41d_experiment.text.ipynb #14679fcc
+# %% ../../nbs/41d_experiment.text.ipynb #a6f4c118
 def _dls(data, o): return language_dls(data.train, data.valid, data.tokenizer, data.length, o.bs)
 
 def language_network(name:str, # Folder, or name on the hub
@@ -170,22 +170,25 @@ def write_language_model(exp, # A `TrainingAware` that has run
 
 def language_arch(name, o): return load_config(name).model_type
 
-def sample_logits(exp, # A `TrainingAware` that has run
-                  n:int=12, # How many
-                  of_tokens:bool=False, # Does each token have a target?
-                 )->tuple: # Indices, and logits
-    "What the last model says of some of the validation data, evenly spaced"
-    idx = np.linspace(0, len(exp.data.valid)-1, min(n, len(exp.data.valid))).round().astype(int).tolist()
-    *xb,_ = PadBatch(exp.data.length, exp.data.tokenizer.pad_token_id, of_tokens)([exp.data.valid[i] for i in idx])
+def evenly(items, # Any list
+           n:int=12, # How many
+          )->list: # Of indices
+    "Some of `items`, evenly spaced"
+    return np.linspace(0, len(items)-1, min(n, len(items))).round().astype(int).tolist()
+
+def logits_of(exp, # A `TrainingAware` that has run
+              idx:list, # Of its validation data
+             )->Tensor:
+    "What the last model says of some rows"
+    *xb,_ = exp.learn.dls.valid.create_batch([exp.data.valid[i] for i in idx])
     device = one_param(exp.learn.model).device
-    with torch.no_grad(): return idx,exp.learn.model.eval()(*(x.to(device) for x in xb)).cpu()
+    with torch.no_grad(): return exp.learn.model.eval()(*(x.to(device) for x in xb)).cpu()
 
 def _shown_text(record, columns): return ' — '.join(record[c] if len(record[c])<=200 else record[c][:200]+'…' for c in columns)
 
 def _predictions(exp):
-    idx,logits = sample_logits(exp)
-    rows = []
-    for i,p in zip(idx, logits.softmax(-1)):
+    rows,idx = [],evenly(exp.data.valid)
+    for i,p in zip(idx, logits_of(exp, idx).softmax(-1)):
         truth,guess = exp.data.classes[exp.data.valid.targets[i]],exp.data.classes[p.argmax()]
         rows.append([_shown_text(exp.data.records[i], exp.data.columns[:-1]), truth, guess if guess==truth else f'{guess} ✗', f'{p.max():.0%}'])
     return html_table(rows, [', '.join(exp.data.columns[:-1]), 'label', 'prediction', 'how sure'], 'plain facts')

@@ -54,13 +54,8 @@ class UseCase:
 
     def __post_init__(self): use_cases[self.name] = self
 
-# %% ../../nbs/41a_experiment.use_case.ipynb #5d40d5b5
-built_in = ('segmentation','text','detection')  # modules that register more use cases
-
-_to_come = {
-    'question_answering': ('qa','nlp_question_answering'),
-    'token_classification': ('nlp_token_classification',),
-    'named_entity_recognition': ('ner','nlp_named_entity_recognition')}
+# %% ../../nbs/41a_experiment.use_case.ipynb #89d732b9
+built_in = ('segmentation','detection','text','tokens','answers')  # modules that register more use cases
 
 def _plain(name): return re.sub(r'[\s_-]+', '', name.lower())
 
@@ -70,12 +65,9 @@ def find_use_case(name:str)->UseCase:
     "The use case called `name`; `ValueError` with those that there are"
     for m in built_in: import_module(f'fastsparse_create.experiment.{m}')
     known = _aliases()
-    coming = {_plain(a):n for n,aliases in _to_come.items() if n not in use_cases for a in (n,*aliases)}
     if _plain(name) in known: return use_cases[known[_plain(name)]]
-    runs = f"this version runs {', '.join(use_cases)}"
-    if _plain(name) in coming: raise ValueError(f"use case {coming[_plain(name)]} is not there yet: {runs}")
-    near = get_close_matches(_plain(name), {**known, **coming}, 1)
-    raise ValueError(f"use case {name!r} is not known{f', did you mean {({**known, **coming})[near[0]]!r}?' if near else ''}; {runs}")
+    near = get_close_matches(_plain(name), known, 1)
+    raise ValueError(f"use case {name!r} is not known{f', did you mean {known[near[0]]!r}?' if near else ''}; there are {', '.join(use_cases)}")
 
 # %% ../../nbs/41a_experiment.use_case.ipynb #95539451
 def parse_kwargs(text, # A dict, or one as JSON or as a Python literal; None: empty
