@@ -54,7 +54,8 @@ def test_grid(pruning, quantization, distillation, lr, tmp_path):
         return model,sgd(model)
     model,opt = start()
     before = n_zeros(model)
-    manager,opt = sparsify.create.initialize(model, opt, n_iter, pruning, quantization, lr, distillation, recipe_variables=dict(num_epochs=2, sparsity=.75, init_lr=.05))
+    variables = dict(num_epochs=2, init_lr=.05) | ({} if holds or not pruning else dict(sparsity=.75))
+    manager,opt = sparsify.create.initialize(model, opt, n_iter, pruning, quantization, lr, distillation, recipe_variables=variables)
     train(model, opt, manager.max_epochs)
     manager.finalize()
     sizes,zeros = {n:s.param.numel() for n,s in prunable(model).items()},n_zeros(model)
@@ -261,7 +262,12 @@ def test_resumes_in_a_fresh_process(pruning, cut, resumed):
     (dict(recipe_variables=dict(target='vnni', mask_type='2:4')), "what target 'vnni' needs"), (dict(recipe_variables=dict(hardness=2)), 'hardness must be'), (dict(recipe_variables=3), 'RecipeVariables or a dict'),
     (dict(scaler=3), 'scaler must be'), (dict(distillation=True, distillation_teacher='nowhere.pth'), 'no file'), (dict(recipe_variables=dict(warmup_epochs=30)), "don't fit into 20 epochs"),
     (dict(recipe_variables=dict(init_sparsity=.9)), 'init_sparsity must be'), (dict(recipe_variables=dict(gradient_accumulation_steps=0)), 'accumulates must be at least 1'),
-    (dict(recipe_variables=dict(params=['nothing'])), 'nothing'), (dict(steps_per_epoch=0), 'steps_per_epoch must be at least 1'), (dict(steps_per_epoch=2.5), 'whole number'),
+    (dict(recipe_variables=dict(params=['nothing'])), 'nothing'), (dict(distillation_teacher=net()), 'distillation is False'), (dict(distillation=True, distillation_teacher=3), 'distillation_teacher must be'),
+    (dict(pruning='movement', recipe_variables=dict(global_sparsity=True)), "no effect with pruning 'movement'"), (dict(pruning='global', recipe_variables=dict(global_sparsity=False)), "contradicts pruning 'global'"),
+    (dict(pruning='rigl', recipe_variables=dict(init_sparsity=.1)), "'rigl' is not gradual"), (dict(pruning='constant', recipe_variables=dict(sparsity=.9)), 'would have no effect'), (dict(pruning=None, recipe_variables=dict(mask_type='2:4')), 'nothing is pruned'),
+    (dict(recipe_variables=dict(mask_type='2:4', global_sparsity=True)), "no effect with mask_type '2:4'"), (dict(quantization=False, recipe_variables=dict(quantization_epochs=2)), 'would have no effect'),
+    (dict(recipe_variables=dict(global_sparsity='no')), 'global_sparsity must be True or False'), (dict(recipe_variables=dict(sparsity=None)), 'sparsity must be'), (dict(pruning=['obs']), 'is not known'),
+    (dict(recipe_variables=dict(target='tensorrt', sparsity=.9)), "sparsity must be 0.5 for mask_type '2:4'"), (dict(steps_per_epoch=0), 'steps_per_epoch must be at least 1'), (dict(steps_per_epoch=2.5), 'whole number'),
 ])
 def test_mistakes_change_nothing(kwargs, message):
     model = net()
@@ -269,6 +275,54 @@ def test_mistakes_change_nothing(kwargs, message):
     with pytest.raises((ValueError,TypeError), match=re.escape(message)): sparsify.create.initialize(model, opt, **{'steps_per_epoch':n_iter, **kwargs})
     assert same(before, model.state_dict()) and 'step' not in vars(opt)
     sparsify.create.initialize(model, opt, n_iter)
+
+def test_a_model_must_be_one():
+    with pytest.raises(TypeError, match='model must be a module'): sparsify.create.initialize(lambda x: x, sgd(net()), n_iter)
+
+@pytest.mark.parametrize('pruning', ['transfer',False,None])
+def test_targets_of_sparse_models(pruning):
+    "What is sparse stays as it is, and is quantized for the target"
+    model = net()
+    if pruning is not None: some_zeros(model)
+    manager,_ = sparsify.create.initialize(model, sgd(model), n_iter, pruning, recipe_variables=dict(target='tensorrt'))
+    assert manager.quantization_modifiers[0].scheme=='tensorrt' and len(manager.pruning_modifiers)==(pruning is not None)
+
+@pytest.mark.parametrize('lr,warns', [(1e-3,False),(5e-3,False),(.1,True)])
+def test_another_learning_rate_is_told(lr, warns, caplog):
+    model = net()
+    sparsify.create.initialize(model, torch.optim.SGD(model.parameters(), lr=lr), n_iter)
+    assert ('in place of the optimizer' in caplog.text)==warns
+
+def test_emptied_layers_are_told(caplog):
+    model = net()
+    with torch.no_grad(): model[-1].weight.mul_(1e-6)
+    manager,opt = sparsify.create.initialize(model, sgd(model), n_iter, recipe_variables=dict(sparsity=.9, num_epochs=2, params='__ALL_PRUNABLE__'))
+    train(model, opt, 2)
+    assert caplog.text.count('no weight is left in 5.weight')==1
+
+def test_running_averages():
+    from fastsparse_create.quantization.convert import quantize_like
+    model = net()
+    manager,opt = sparsify.create.initialize(model, sgd(model), n_iter, recipe_variables=dict(num_epochs=3))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    for epoch in range(3):
+        for xb,yb in batches():
+            opt.zero_grad()
+            F.cross_entropy(model(xb), yb).backward()
+            opt.step()
+            if is_quantized(model) and not is_quantized(average): quantize_like(average.module, model.state_dict())
+            average.update_parameters(model)
+    manager.finalize()
+    average.eval()(batches()[0][0])
+    assert measured_sparsity(average.module)>.75 and is_quantized(average)
+
+def test_a_state_of_another_plan():
+    states = []
+    for epochs in 2,3:
+        model = net()
+        manager,_ = sparsify.create.initialize(model, sgd(model), n_iter, recipe_variables=dict(num_epochs=epochs))
+        states.append(manager.state_dict())
+    with pytest.raises(ValueError, match='the state has 2 max_epochs, this loop 3'): manager.load_state_dict(states[0])
 
 def test_optimizer_and_scaler_are_what_they_were():
     model = net()

@@ -1,6 +1,7 @@
 "Distillation weighs the same in `fit`, and in a plain loop that knows nothing of it"
 import pytest,warnings
 from collections import OrderedDict,namedtuple
+from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from torch.utils.checkpoint import checkpoint
@@ -179,6 +180,68 @@ def test_overflows():
                 scaler.update()
     assert manager.steps==8 and all(p.isfinite().all() for p in student.parameters())
 
+@pytest.mark.parametrize('order', ['before forward','after forward','after step'])
+@pytest.mark.parametrize('set_to_none', [True,False])
+def test_skipped_steps_wherever_gradients_are_dropped(order, set_to_none):
+    student,scaler = net(),torch.amp.GradScaler('cpu', init_scale=2.**10)
+    opt = torch.optim.SGD(student.parameters(), lr=.1)
+    manager = LoopManager(student, opt, 10, 1, DistillationModifier(teacher=net(1)), scaler=scaler)
+    for i,(xb,yb) in enumerate(batches(6)):
+        if order=='before forward': opt.zero_grad(set_to_none)
+        loss = F.cross_entropy(student(xb), yb)*(math.inf if i<3 else 1.)
+        if order=='after forward': opt.zero_grad(set_to_none)
+        scaler.scale(loss).backward()
+        scaler.step(opt)
+        scaler.update()
+        if order=='after step': opt.zero_grad(set_to_none)
+    assert manager.steps==3 and all(p.isfinite().all() for p in student.parameters())
+
+def test_several_forward_passes_of_one_backward_pass():
+    "Refused, unless their number is told, by which the loss is divided"
+    student,teacher = net(),net(1).eval()
+    expected = by_hand(deepcopy(student), teacher, batches(2), .6, 2., n_acc=2)
+    for n,error in ((1,pytest.raises(ValueError, match='2 forward passes')),(2,nullcontext())):
+        model = deepcopy(student)
+        opt = torch.optim.SGD(model.parameters(), lr=.1)
+        manager = LoopManager(model, opt, 10, 1, DistillationModifier(hardness=.6, teacher=teacher), accumulates=n)
+        sum(F.cross_entropy(model(xb), yb)/2 for xb,yb in batches(2)).backward()
+        if n==2: assert_close_relative(grads(model), expected)
+        with error: opt.step()
+
+def test_fewer_forward_passes_than_announced(caplog):
+    student = net()
+    opt = torch.optim.SGD(student.parameters(), lr=.1)
+    manager = LoopManager(student, opt, 3, 2, DistillationModifier(teacher=net(1)), accumulates=4)
+    for i,(xb,yb) in enumerate(batches(6)):
+        F.cross_entropy(student(xb), yb).backward()
+        if i%2: opt.step()
+    assert 'more than 2 forward passes, 4 were announced' in caplog.text
+
+def test_a_scaler_that_is_not_told():
+    student,scaler = net(),torch.amp.GradScaler('cpu')
+    opt = torch.optim.SGD(student.parameters(), lr=.1)
+    manager = LoopManager(student, opt, 3, 2, DistillationModifier(teacher=net(1)))
+    xb,yb = batches(1)[0]
+    scaler.scale(F.cross_entropy(student(xb), yb)).backward()
+    with pytest.raises(ValueError, match='give it as scaler'): scaler.step(opt)
+
+def test_teachers_are_not_told_the_labels():
+    class Own(nn.Module):
+        def __init__(self, seed, n_out=3):
+            super().__init__()
+            self.body,self.told = net(seed),[]
+        def forward(self, x, labels=None):
+            self.told.append(labels is not None)
+            return self.body(x)
+    for teacher in Own(1),net(1):
+        student = Own(0)
+        opt = torch.optim.SGD(student.parameters(), lr=.1)
+        manager = LoopManager(student, opt, 3, 2, DistillationModifier(teacher=teacher))
+        xb,yb = batches(1)[0]
+        F.cross_entropy(student(x=xb, labels=yb), yb).backward()
+        opt.step()
+        assert getattr(teacher, 'told', [False])==[False] and student.told==[True]
+
 def test_refusals():
     def step(student, loss, **kwargs):
         opt = torch.optim.SGD(student.parameters(), lr=.1)
@@ -188,7 +251,7 @@ def test_refusals():
         with pytest.raises(ValueError) as e: opt.step()
         assert same(before, weights(student))
         return str(e.value)
-    assert '2 backward passes led to this step' in step(net(), lambda m,x,y: F.cross_entropy(m(x), y)/2)
+    assert 'gradients of 2 forward passes led to this step' in step(net(), lambda m,x,y: F.cross_entropy(m(x), y)/2)
     assert 'had no effect' in step(net(), lambda m,x,y: F.cross_entropy(m[2:](m[:2](x)), y))
     assert 'had no effect' in step(net().eval(), lambda m,x,y: F.cross_entropy(m(x), y))
     student = net()

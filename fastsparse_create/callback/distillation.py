@@ -6,7 +6,8 @@
 __all__ = ['distillation_loss', 'frozen_copy', 'find_teacher', 'TeacherModifier', 'named_outputs', 'DistillationModifier',
            'PerLayerDistillationModifier']
 
-# %% ../../nbs/18_callback.distillation.ipynb #db1ebc9f
+# %% ../../nbs/18_callback.distillation.ipynb #46416bee
+import inspect
 from collections.abc import Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -56,7 +57,7 @@ def _check_teacher(owner, teacher):
     if not Path(teacher).exists(): raise ValueError(f"{where}: there is no file {str(teacher)!r}; accepted is a path, 'self', or 'given' for one that is given later")
     return teacher
 
-# %% ../../nbs/18_callback.distillation.ipynb #400e9648
+# %% ../../nbs/18_callback.distillation.ipynb #8abf8324
 class TeacherModifier(Modifier, abstract=True):
     "Runs a teacher beside the student, and adds what the two disagree in to the loss"
     order,column = 5,'distillation'  # before GradientAccumulation (6) divides the loss, and MixedPrecision (10) scales it
@@ -110,6 +111,7 @@ class TeacherModifier(Modifier, abstract=True):
         "What the teacher gives for this batch"
         xb = self.learn.xb
         if keys is not None: xb = _picked(xb[0] if len(xb)==1 and isinstance(xb, tuple) and isinstance(xb[0], Mapping) else xb, keys)
+        elif isinstance(xb, Mapping): xb = _accepted(self._network, xb)
         with torch.no_grad(): return call_model(self._network, xb if isinstance(xb, Mapping) else tuple(xb))
 
     def after_loss(self):
@@ -123,6 +125,14 @@ class TeacherModifier(Modifier, abstract=True):
     def __getstate__(self):
         state = {k:v for k,v in vars(self).items() if k not in ('_network','_weights')}
         return {**state, '_network':None, '_weights':None, 'teacher':self.args()['teacher']}
+
+def _accepted(model, inputs):
+    "Arguments that `model` takes: it isn't told the labels if it can do without, and takes what it calls otherwise by position"
+    params = inspect.signature(model.forward).parameters
+    needed = [n for n,p in params.items() if p.default is p.empty]
+    inputs = {k:v for k,v in inputs.items() if k not in ('labels','label') or k in needed}
+    if any(p.kind is p.VAR_KEYWORD for p in params.values()): return inputs
+    return {k:v for k,v in inputs.items() if k in params} or tuple(inputs.values())
 
 def _picked(inputs, keys):
     "Some of a model's inputs, by name or position"

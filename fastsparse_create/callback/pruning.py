@@ -17,7 +17,7 @@ from ..masks.nm import *
 from ..schedule import *
 from ..selection import *
 
-# %% ../../nbs/11_callback.pruning.ipynb #328d0567
+# %% ../../nbs/11_callback.pruning.ipynb #9a664503
 class PruningModifier(Modifier, abstract=True):
     "Owns the masks of `params` between `start_epoch` and `end_epoch`"
     calculator = Unstructured()
@@ -27,7 +27,7 @@ class PruningModifier(Modifier, abstract=True):
 
     def reset(self):
         super().reset()
-        self._released = False
+        self._released,self._told = False,False
 
     def before_fit(self):
         super().before_fit()
@@ -62,6 +62,12 @@ class PruningModifier(Modifier, abstract=True):
         attach_masks(self.model, self._names)  # a pruner that ended may have let them go
         for p,mask in zip(self._params, masks): p.rewire(mask, self.opt)
         self.learn.mask_enforcer.refresh()
+        self._tell_of_empty()
+
+    def _tell_of_empty(self):
+        empty = [p.name for p in self._params if p.n_kept==0]
+        if empty and not self._told: logger.warning(f"{type(self).__name__}: no weight is left in {', '.join(empty)}, the model can't compute anything with it: a lower sparsity, global_sparsity false, or params without it would leave some")
+        self._told |= bool(empty)
 
     def release(self):
         "Let masked weights train again, but for those that another pruner holds by now; the masks stay readable"

@@ -97,17 +97,17 @@ class RecipeManager(LoopManager):
 
 def _as_whole(n): return int(n) if isinstance(n, float) and n==int(n) else n
 
-# %% ../../nbs/26_create.api.ipynb #c311f673
+# %% ../../nbs/26_create.api.ipynb #4741dea5
 _targets = {'vnni':dict(mask_type='block4', scheme='deepsparse'), 'tensorrt':dict(mask_type='2:4', scheme='tensorrt'), 'onnxruntime':dict(channels=True)}
-_synonyms = {'true':'magnitude', 'false':'none', '':'none', 'none':'none', 'transfer':'constant', 'sparse-transfer':'constant', 'sparse_transfer':'constant'}
+_synonyms = {'true':'magnitude', 'false':'none', '':'none', 'none':'none', 'transfer':'constant', 'sparse-transfer':'constant'}
 
 def _pruning_type(pruning, quantization, model):
     "The name that the generator knows, or None"
-    name = str(pruning).lower() if isinstance(pruning, (bool,str)) or pruning is None else pruning
-    known = [*pruning_types, *_synonyms]
+    known = [*pruning_types, 'transfer', 'sparse-transfer']
+    name = str(pruning).lower().replace('_', '-')
     name = _synonyms.get(name, name)
     if name=='none': return 'constant' if pruning is not None and quantization and any(measured_sparsity(model, [n])>.1 for n in prunable(model)) else None
-    if name not in pruning_types: raise ValueError(f"pruning {pruning!r} is not known{did_you_mean(str(pruning), known)}; accepted: True, False, None, {', '.join(n for n in known if n not in ('true','false','none',''))}")
+    if name not in pruning_types: raise ValueError(f"pruning {pruning!r} is not known{did_you_mean(str(pruning), known)}; accepted: True, False, None, {', '.join(known)}")
     return name
 
 def _as_bool(name, value):
@@ -124,23 +124,39 @@ def create_recipe(model:nn.Module, # Model to make sparse
                   recipe_variables=None, # `RecipeVariables`, or a dict of some
                  )->str: # Text of a recipe
     "The recipe that `initialize` trains by"
+    if not isinstance(model, nn.Module): raise TypeError(f"model must be a module, got {model!r}")
     v = RecipeVariables.of(recipe_variables)
     quantization,distillation = _as_bool('quantization', quantization),_as_bool('distillation', distillation)
+    if distillation_teacher is not None and not distillation: raise ValueError("distillation_teacher is given, but distillation is False: make it True, or leave the teacher out")
     kind = _pruning_type(pruning if v.pruning is None else v.pruning, quantization, model)
-    target = _target_options(v.target, v, quantization, kind)
+    target = _target_options(v.target, v, kind)
     mask_type = target.get('mask_type', v.mask_type)
     pattern = getattr(get_mask_type(mask_type), 'sparsity', None)
+    _check_effects(v, kind, mask_type, pattern, 'channels' in target)
     sparsity = None if kind is None else pattern if pattern and 'sparsity' not in v.given else v.sparsity
-    is_global = v.global_sparsity and not pattern and kind in ('magnitude','obs','mfac','acdc') and 'channels' not in target
-    if kind=='global' and pattern: raise ValueError(f"pruning 'global': mask_type {mask_type!r} masks the same share everywhere, so that layers can't compete: use 'magnitude'")
+    is_global = _as_bool('global_sparsity', v.global_sparsity) and not pattern and kind in ('magnitude','obs','mfac','acdc') and 'channels' not in target
     params = {} if kind is None else {'params':model if v.params is None else v.params}
-    teacher = None if not distillation else 'self' if distillation_teacher in (None,'self') else str(distillation_teacher) if isinstance(distillation_teacher, (str,Path)) else 'given'
+    if not isinstance(distillation_teacher, (nn.Module,Learner,str,Path,type(None))): raise TypeError(f"distillation_teacher must be a module, a Learner, a path or 'self', got {distillation_teacher!r}")
+    teacher = None if not distillation else 'given' if isinstance(distillation_teacher, (nn.Module,Learner)) else str(distillation_teacher or 'self')
     options = dict(pruning=kind or 'magnitude', scheme=target.get('scheme') if quantization else None, lr=lr, teacher=teacher)
     names = 'init_lr final_lr hardness temperature init_sparsity update_frequency warmup_epochs pruning_epochs quantization_epochs'.split()
     return generate_recipe(sparsity, v.num_epochs, **params, mask_type='unstructured' if kind in (None,'constant') else mask_type, global_sparsity=is_global, int8=quantization,
                            channels='channels' in target and kind is not None, **options, **{n:getattr(v, n) for n in names})
 
-def _target_options(target, v, quantization, kind):
+def _check_effects(v, kind, mask_type, pattern, channels):
+    "Choices that contradict each other, or change nothing, are mistakes"
+    for name in ('sparsity','mask_type','global_sparsity','params'):
+        if name in v.given and (kind is None or kind=='constant' and name!='params'): raise ValueError(f"{name} {getattr(v, name)!r} would have no effect: {'nothing is pruned' if kind is None else 'the zeros of the model are held as they are'}")
+    if kind not in (None,'constant') and not _is_share(v.sparsity): raise ValueError(f"sparsity must be between 0 and 1, got {v.sparsity!r}")
+    if pattern and 'sparsity' in v.given and abs(v.sparsity-pattern)>.01: raise ValueError(f"sparsity must be {pattern:g} for mask_type {mask_type!r}, got {v.sparsity}; leave it out")
+    if kind=='global' and pattern: raise ValueError(f"pruning 'global': mask_type {mask_type!r} masks the same share everywhere, so that layers can't compete: use 'magnitude'")
+    if 'global_sparsity' not in v.given: return
+    if v.global_sparsity and (pattern or channels or kind in ('movement',*dynamic_types)): raise ValueError(f"global_sparsity would have no effect with {f'mask_type {mask_type!r}' if pattern else f'target {v.target!r}' if channels else f'pruning {kind!r}'}: leave it out")
+    if not v.global_sparsity and kind=='global': raise ValueError("global_sparsity False contradicts pruning 'global': use 'magnitude'")
+
+def _is_share(o): return isinstance(o, (int,float)) and not isinstance(o, bool) and 0<o<1
+
+def _target_options(target, v, kind):
     "What a target asks for, if it fits what was chosen"
     if target is None: return {}
     if target not in _targets: raise ValueError(f"target {target!r} is not known{did_you_mean(str(target), list(_targets))}; accepted: {', '.join(_targets)}")
@@ -148,9 +164,9 @@ def _target_options(target, v, quantization, kind):
     wanted = options.get('mask_type', 'unstructured')
     if 'mask_type' in v.given and v.mask_type!=wanted and kind!='constant': raise ValueError(f"mask_type {v.mask_type!r} is not what target {target!r} needs: leave it out, or take {wanted!r}")
     if 'channels' in options and kind not in (None,'constant','magnitude'): raise ValueError(f"target {target!r} removes whole channels, by magnitude: pruning must be True, got {kind!r}")
-    return {} if kind=='constant' else options
+    return {'scheme':options.get('scheme')} if kind in (None,'constant') else options
 
-# %% ../../nbs/26_create.api.ipynb #bc7d2f1f
+# %% ../../nbs/26_create.api.ipynb #c107a83a
 def initialize(model:nn.Module, # Model that the loop trains, as it calls it
                optimizer:torch.optim.Optimizer, # Its optimizer
                steps_per_epoch:int, # Optimizer steps in an epoch: `len(loader)`, or less if gradients are accumulated
@@ -158,13 +174,15 @@ def initialize(model:nn.Module, # Model that the loop trains, as it calls it
                quantization:bool=True, # Train for 8-bit integers at the end?
                lr:str='linear', # How the learning rate moves: `linear`, `cosine`, `cyclic`, `stepped`, `exponential` or `constant`
                distillation:bool=False, # Learn from a teacher, too?
-               distillation_teacher=None, # A module, `Learner` or path; default: a frozen copy of the model as it is when training starts
+               distillation_teacher=None, # A module, `Learner` or path; default: a frozen copy of the model, taken when pruning starts, or quantization where it is sparse from the start
                scaler=None, # A `GradScaler`, if the loop has one
                recipe_variables=None, # `RecipeVariables`, or a dict of some
               )->tuple: # Manager, and the optimizer or scaler to go on with
-    "Generate a recipe for `model`, and have the loop train by it; raises `ValueError` before anything is changed"
+    "Generate a recipe for `model`, and have the loop train by it; raises `ValueError` or `TypeError` before anything is changed"
     variables = RecipeVariables.of(recipe_variables)
     text = create_recipe(model, pruning, quantization, lr, distillation, distillation_teacher, variables)
-    teacher = distillation_teacher if distillation and isinstance(distillation_teacher, (nn.Module,Learner)) else None
+    teacher = distillation_teacher if isinstance(distillation_teacher, (nn.Module,Learner)) else None
+    own_lr = max((pg['lr'] for pg in getattr(optimizer, 'param_groups', [])), default=0.)
     manager = RecipeManager(text, model, optimizer, steps_per_epoch, teacher, scaler, variables.gradient_accumulation_steps)
+    if 'init_lr' not in variables.given and not .1<own_lr/variables.init_lr<10: logger.warning(f"the recipe's learning rate starts at {variables.init_lr:g}, in place of the optimizer's {own_lr:g}: recipe_variables=dict(init_lr={own_lr:g}) keeps that")
     return manager,optimizer if scaler is None else scaler

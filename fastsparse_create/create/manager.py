@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LoopRecorder', 'begin_batch', 'end_forward', 'LoopManager']
 
-# %% ../../nbs/25_create.manager.ipynb #4836e38c
-import inspect,weakref
+# %% ../../nbs/25_create.manager.ipynb #e58eee11
+import inspect,sys,weakref
 from collections.abc import MutableMapping
 from contextlib import suppress
 from copy import copy
@@ -96,7 +96,7 @@ def _evaluate(closure):
     seen = [loss]
     return loss,lambda: seen.pop() if seen else closure()
 
-# %% ../../nbs/25_create.manager.ipynb #ea491142
+# %% ../../nbs/25_create.manager.ipynb #91fcd214
 def end_forward(module, args, output):
     "Forward hook: what callbacks add to the loss hangs on the outputs from here on"
     manager = _trained_by(module)
@@ -123,6 +123,12 @@ class _HangOn(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         return None,None,torch.full_like(ctx.like, ctx.manager._loss_scale()),*(g if g is None else g*ctx.weight for g in grads)
+
+def _is_in_scaler():
+    "Does a `GradScaler` of PyTorch call?"
+    frame = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_filename.endswith('grad_scaler.py'): frame = frame.f_back
+    return frame is not None
 
 # %% ../../nbs/25_create.manager.ipynb #539a24ef
 class _Scaler(MixedPrecision):
@@ -169,7 +175,7 @@ def _state_of(cb):
         with suppress(TypeError): state[k] = _as_data(vars(cb)[k])
     return state
 
-# %% ../../nbs/25_create.manager.ipynb #4859a114
+# %% ../../nbs/25_create.manager.ipynb #4a48f32a
 class LoopManager:
     "Drives callbacks from a plain PyTorch loop: its forward passes and its `optimizer.step()` raise the events of `fit`"
     def __init__(self,
@@ -187,7 +193,7 @@ class LoopManager:
         self.scaler,self.accumulates = None if scaler is None else _Scaler(_checked_scaler(scaler)),accumulates
         self.learn = _loop_learner(model, optimizer, steps_per_epoch, epochs, [*self.cbs, *L(self.scaler)])
         self._adders = [cb for cb in self.cbs if hasattr(type(cb), 'adds_to_loss')]
-        self._backward_passes = set()
+        self._passes,self._last_backward,self._most_passes = 0,None,0
         self.steps,self._in_epoch,self._in_batch,self._is_eager,self._is_final = 0,False,False,False,False
         self._hooks,self._asked,self._listeners = [],None,{}
         self.learn('before_fit')
@@ -234,7 +240,6 @@ class LoopManager:
     def _begin(self):
         "Open the batch that is about to be trained, if it isn't open"
         if self._in_batch: return self._forget_dropped()
-        self._backward_passes = set()
         if not self._in_epoch: self._open_epoch()
         self.learn.iter,self._in_batch = self.steps%self.steps_per_epoch,True
         self._raise('before_batch')
@@ -243,7 +248,6 @@ class LoopManager:
 
     def _forget_dropped(self):
         "Where gradients are gone without a step, as after an overflow, what layers have collected for theirs is not to be used"
-        if len(self._backward_passes)>=self.accumulates and not self._has_gradients(lambda p: p.grad.any()): self._backward_passes = set()
         for p in sparse_params(self.model):
             if p.layer.collected and (p.param.grad is None or not p.param.grad.any()):
                 p.collect(False)
@@ -268,17 +272,21 @@ class LoopManager:
         return _map_tensors(lambda o: new.get(id(o), o), output)
 
     def _loss_scale(self):
-        "Called in each backward pass: what the loop multiplies its loss by"
-        self._backward_passes.add(torch._C._current_graph_task_id())
+        "Called in backward for each forward pass: what the loop multiplies its loss by"
+        backward = torch._C._current_graph_task_id()
+        if backward!=self._last_backward and self._passes>=self.accumulates and not self._has_gradients(lambda p: p.grad.any()): self._passes = 0  # a scaler has skipped the step
+        self._passes,self._last_backward = self._passes+1,backward
         return (self.scaler.scale if self.scaler else 1.)/self.accumulates
 
     def _check_added(self):
-        n,self._backward_passes = len(self._backward_passes),set()
+        n,self._passes = self._passes,0
+        self._most_passes = max(n, self._most_passes)
         if not any(cb.adds_to_loss for cb in self._adders) or not self._has_gradients(): return
         names = ' and '.join(type(cb).__name__ for cb in self._adders)
-        if n==0: raise ValueError(f"{names} had no effect on this step: the loop has to call the model itself, in training mode and not compiled later, and its loss has to depend on what that returns")
-        if n>self.accumulates: raise ValueError(f"{names}: {n} backward passes led to this step, {self.accumulates} expected. If the loop divides its loss by {n} and adds up gradients, say accumulates={n} "
+        if n==0: raise ValueError(f"{names} had no effect on this step: the loop has to call the model itself, in training mode and not by model.compile(), and its loss has to depend on what that returns")
+        if n>self.accumulates: raise ValueError(f"{names}: gradients of {n} forward passes led to this step, of {self.accumulates} expected. If the loop divides its loss by {n}, say accumulates={n} "
                                                 f"(recipe_variables=dict(gradient_accumulation_steps={n}) for initialize), so that what is added is weighed alike")
+        if self.scaler is None and self.steps==0 and _is_in_scaler(): raise ValueError(f"{names}: the loop has a GradScaler, by whose scale what is added has to be multiplied: give it as scaler")
 
     def _has_gradients(self, f=lambda p: True): return any(p.grad is not None and f(p) for pg in self.optimizer.param_groups for p in pg['params'])
 
@@ -324,6 +332,8 @@ class LoopManager:
 
     def _close_epoch(self):
         self._in_epoch = False
+        if 0<self._most_passes<self.accumulates: logger.warning(f"LoopManager: no step of this epoch had more than {self._most_passes} forward passes, {self.accumulates} were announced by accumulates: what callbacks add to the loss counts too little")
+        self._most_passes = 0
         self.learn(['after_train','after_epoch'])
 
     def finalize(self):
@@ -340,7 +350,7 @@ class LoopManager:
 
     def state_dict(self)->dict:
         "The clock, what callbacks have noted, and which layers are quantized; masks are in the model's own `state_dict`"
-        return dict(steps=self.steps, steps_per_epoch=self.steps_per_epoch, pct_train=self.learn.pct_train,
+        return dict(steps=self.steps, steps_per_epoch=self.steps_per_epoch, max_epochs=self.max_epochs, pct_train=self.learn.pct_train,
                     trainable={n:p.requires_grad for n,p in unwrap_model(self.model).named_parameters()},
                     enforced={p.name:p.is_enforced for p in masked_params(self.model)}, quantized=quantization_state(self.model),
                     cbs=[(type(cb).__name__, _state_of(cb)) for cb in self.cbs])
@@ -367,8 +377,8 @@ class LoopManager:
         own,saved = [type(cb).__name__ for cb in self.cbs],[n for n,_ in state['cbs']]
         if self._in_epoch: raise RuntimeError("load_state_dict: the loop has begun already, load before the first forward pass")
         if own!=saved: raise ValueError(f"load_state_dict: the state is that of {saved}, this manager has {own}")
-        if state['steps_per_epoch']!=self.steps_per_epoch:
-            raise ValueError(f"load_state_dict: the state has {state['steps_per_epoch']} steps_per_epoch, this loop {self.steps_per_epoch}")
+        for name in 'steps_per_epoch','max_epochs':
+            if state[name]!=getattr(self, name): raise ValueError(f"load_state_dict: the state has {state[name]} {name}, this loop {getattr(self, name)}")
 
 def _release(model, param):
     "Stop enforcing a mask, and leave the weights behind it as they are"

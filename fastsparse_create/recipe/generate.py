@@ -6,7 +6,7 @@
 __all__ = ['gradual_types', 'dynamic_types', 'pruning_types', 'lr_types', 'params_to_prune', 'level_sparsity', 'removed_flops',
            'generate_recipe']
 
-# %% ../../nbs/23_recipe.generate.ipynb #0a640dce
+# %% ../../nbs/23_recipe.generate.ipynb #4b2d4500
 import json
 from types import SimpleNamespace
 from torch import nn
@@ -14,7 +14,7 @@ from ..masks.core import *
 from ..masks.nm import *
 from ..masks.structured import *
 from ..masking import fitting_params
-from .expression import RecipeError,did_you_mean
+from .expression import did_you_mean
 from .compile import *
 from ..selection import *
 
@@ -128,7 +128,7 @@ lr_types = {'linear':_moving.format(func='linear'), 'cosine':_moving.format(func
             'exponential':_decaying.format(name='ExponentialLR', kwargs='gamma: eval((final_lr / init_lr) ** (1 / num_epochs))'),
             'constant':'  - !SetLearningRateModifier\n      learning_rate: eval(init_lr)\n      start_epoch: 0.0\n'}
 
-# %% ../../nbs/23_recipe.generate.ipynb #ba0a1168
+# %% ../../nbs/23_recipe.generate.ipynb #79ff3e69
 def _is_number(o): return isinstance(o, (int,float)) and not isinstance(o, bool)
 
 def _check(ok, name, accepted, value):
@@ -141,6 +141,9 @@ def _check_number(name, value, low, high=None, is_open=False):
     above = f"{'above' if is_open else 'at least'} {low}" if high is None else f"between {low} and {high}"
     _check(_is_number(value) and (low<value if is_open else low<=value) and (high is None or (value<high if is_open else value<=high)), name, above, value)
 
+def _check_fits(k, name, is_used, why):
+    if getattr(k, name) is not None and not is_used: raise ValueError(f"{name} {getattr(k, name)!r} would have no effect: {why}")
+
 def _check_knobs(k):
     _check_known('pruning', k.pruning, pruning_types)
     if k.lr is not None: _check_known('lr', k.lr, lr_types)
@@ -152,7 +155,10 @@ def _check_knobs(k):
     _check(k.final_lr>0 or k.lr not in ('stepped','exponential'), 'final_lr', f'above 0 for lr {k.lr!r}', k.final_lr)
     _check_number('hardness', k.hardness, 0, 1)
     _check_number('temperature', k.temperature, 0, is_open=True)
-    if k.init_sparsity is not None: _check_number('init_sparsity', k.init_sparsity, 0, k.sparsity or 0)
+    _check_fits(k, 'init_sparsity', k.sparsity and k.pruning in gradual_types, f'pruning {k.pruning!r} is not gradual' if k.sparsity else 'nothing is pruned')
+    for name in ('update_frequency','pruning_epochs','warmup_epochs'): _check_fits(k, name, k.sparsity and k.pruning!='constant', 'nothing is pruned')
+    _check_fits(k, 'quantization_epochs', k.int8, 'the recipe has no int8')
+    if k.init_sparsity is not None: _check_number('init_sparsity', k.init_sparsity, 0, k.sparsity)
     for name in ('update_frequency','pruning_epochs','quantization_epochs'):
         if getattr(k, name) is not None: _check_number(name, getattr(k, name), 0, is_open=True)
     if k.warmup_epochs is not None: _check_number('warmup_epochs', k.warmup_epochs, 0)
@@ -181,10 +187,10 @@ def _lesson_start(k):
     if k.prunes and not k.is_dynamic: return 'eval(pruning_start)'
     return 'eval(quantization_start)' if k.int8 else 'eval(pruning_end)' if k.prunes else 'eval(num_epochs * 0.1)'
 
-# %% ../../nbs/23_recipe.generate.ipynb #967db6a3
+# %% ../../nbs/23_recipe.generate.ipynb #f0a932a3
 def _head_text(k):
     percent = k.prunes and f'{k.sparsity*100:.4g}'
-    ends = [f'without {percent} % of its FLOPs' if k.channels else f'with {percent} % of the weights at zero'] if k.prunes else ['with the zeros that it has'] if k.holds else []
+    ends = [f'without {percent} % of its FLOPs' if k.channels else f'with {percent} % of the weights that it prunes at zero'] if k.prunes else ['with the zeros that it has'] if k.holds else []
     return _head.format(num_epochs=k.num_epochs, result=' and ends '+', '.join(ends+['in 8-bit integers']*k.int8) if ends or k.int8 else '')
 
 def _variables_text(k):
