@@ -80,7 +80,7 @@ def test_a_trained_detector_is_a_start(made, objects, tmp_path):
         state = load_model(made/'model.pth').state_dict()
         assert all(torch.equal(v, state[k]) for k,v in exp._network().state_dict().items())
 
-@pytest.mark.parametrize('name', ['retinanet_resnet50_fpn','fcos_resnet50_fpn','ssd300_vgg16'])
+@pytest.mark.parametrize('name', ['retinanet_resnet50_fpn','fcos_resnet50_fpn','ssd300_vgg16','fasterrcnn_mobilenet_v3_large_320_fpn'])
 def test_other_detectors_learn_and_find(name):
     torch.manual_seed(0)
     model = detector(name, 2, (64,96) if name!='ssd300_vgg16' else (300,300))
@@ -92,6 +92,13 @@ def test_other_detectors_learn_and_find(name):
     assert len(model.eval().detect(out))==2
 
 def first_grad(model): return next(p.grad for p in model.parameters() if p.requires_grad)
+
+def test_the_first_look_is_what_a_file_holds():
+    model = detector('fasterrcnn_mobilenet_v3_large_320_fpn', 2, (64,64)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad(): a,b = model(x),model.exported(x)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not [n for n,_ in model.exported.named_parameters() if 'roi' in n]
 
 def test_boxes_go_through_batches_unharmed(objects):
     data = load_detection(objects)
@@ -157,7 +164,7 @@ def test_objects_that_cannot_be_trained_with(spoil, said, objects, tmp_path, cap
 
 @pytest.mark.parametrize('args,said', [
     (['--model','ssdlite320'], 'ssdlite320_mobilenet_v3_large'),
-    (['--model','resnet18'], 'accepted: fcos_resnet50_fpn'),
+    (['--model','resnet18'], 'accepted: fasterrcnn_mobilenet_v3_large_320_fpn'),
     (['--eval-metric','accuracy'], 'accepted: mAP, mAP_50, recall'),
 ])
 def test_usage_errors(args, said, objects, capsys): assert said in refused(capsys, *small, '--data', objects, *args)

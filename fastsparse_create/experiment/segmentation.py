@@ -239,12 +239,17 @@ class PixelAccuracy(PixelMetric):
     "Share of the pixels whose class is the predicted one"
     def score(self, both, mask, pred): return both.sum()/mask.sum()
 
-# %% ../../nbs/41b_experiment.segmentation.ipynb #02002583
+# %% ../../nbs/41b_experiment.segmentation.ipynb #efee242d
 def _model(name, data, o):
     n_out = len(data.classes)
     model = create_model(name, n_out, o.pretrained, o.arch, segmenter)
     check_pixels(model, torch.zeros(2, 3, *_size(data, o)), n_out)
     return model
+
+def _learner(dls, model, loss_func, metrics):
+    for m in model.modules():
+        if hasattr(vars(m).get('hook'), 'stored'): m.hook.stored = None  # a U-Net keeps the features of its last batch
+    return Learner(dls, model, loss_func=loss_func, metrics=metrics)
 
 def _loss(): return CrossEntropyLossFlat(axis=1, ignore_index=unknown)
 
@@ -273,4 +278,4 @@ def _use(exp):
 
 segmentation = UseCase('segmentation', ('image_segmentation','cv_segmentation','semantic_segmentation'), SegmentationOptions,
     metrics={'mean_iou':MeanIou, 'dice':Dice, 'accuracy':PixelAccuracy},
-    load=load_segmentation, dls=segmentation_dls, model=_model, loss=_loss, facts=_facts, saved=_saved, build=_build, predictions=_predictions, use=_use)
+    load=load_segmentation, dls=segmentation_dls, model=_model, loss=_loss, facts=_facts, saved=_saved, build=_build, learner=_learner, predictions=_predictions, use=_use)
