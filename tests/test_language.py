@@ -177,3 +177,165 @@ def test_a_sparse_model_is_the_start_of_another(made, bert, data, tmp_path):
     again = run(tmp_path, '--use-case', case, '--model', folder/'model', '--data', data[case], '--optim-level', '0', '--epochs', '1', '--train-kwargs', '{"lr": 1e-6, "bs": 16}')
     metric = columns[case][0]
     assert abs(float(rows(again)[0][metric])-float(rows(folder)[1][metric]))<.1
+
+# other networks and formats
+
+networks = {'distilbert':lambda n: transformers.DistilBertModel(transformers.DistilBertConfig(vocab_size=n, dim=32, n_layers=1, n_heads=2, hidden_dim=64, max_position_embeddings=64)),
+            'roberta':lambda n: transformers.RobertaModel(transformers.RobertaConfig(vocab_size=n, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=66, pad_token_id=0)),
+            'electra':lambda n: transformers.ElectraModel(transformers.ElectraConfig(vocab_size=n, embedding_size=16, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64))}
+
+@pytest.mark.parametrize('kind', networks)
+def test_other_networks(kind, data, tmp_path):
+    tokenizer = make_tokenizer(corpus)
+    folder = save_network(tmp_path/'model', lambda: networks[kind](len(tokenizer)), tokenizer)
+    made = run(tmp_path/'out', '--use-case', 'sentiment', '--model', folder, '--data', data['text_classification'], '--epochs', '1', '--train-samples', '40', '--val-samples', '20', '--train-kwargs', '{"bs": 8}')
+    assert float(rows(made)[1]['sparsity'])==pytest.approx(.7, abs=1e-3) and onnx_ops(made/'model.onnx', optimized=True)['MatMulIntegerToFloat']>=4
+    assert load_model(made/'model.pth') is not None
+
+def test_channels_are_removed_for_onnxruntime(data, tmp_path):
+    tokenizer = make_tokenizer(corpus, model_input_names=['input_ids','token_type_ids','attention_mask'])
+    config = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=256, max_position_embeddings=64)
+    folder = save_network(tmp_path/'model', lambda: transformers.BertModel(config), tokenizer)
+    made = run(tmp_path/'out', '--use-case', 'text_classification', '--model', folder, '--data', data['text_classification'], '--target', 'onnxruntime', '--epochs', '2', '--train-samples', '40', '--val-samples', '20')
+    dense,thinned = rows(made)
+    assert thinned['model']=='thinned' and int(thinned['flops'])<.6*int(dense['flops'])
+
+def prepared(case, bert, source, **kwargs):
+    case = find_use_case(case)
+    return case.prepare(case.load(source), str(bert), case.options(**kwargs))
+
+def test_formats_of_text(bert, tmp_path):
+    rs = reviews(20, 0)
+    for name,content in {'a.jsonl':lines(rs), 'a.json':rs, 'b.json':lines(rs), 'c.json':{'data':rs}, 'a.csv':as_csv(rs), 'a.tsv':as_csv(rs).replace(',positive','\tpositive').replace(',negative','\tnegative').replace('text,label','text\tlabel').replace('"','')}.items():
+        data = prepared('text_classification', bert, write(tmp_path, {name:content})/name)
+        assert [len(data.train), len(data.valid), data.classes]==[32,8,['negative','positive']], name
+        assert sum(data.valid.targets)==4 and 'seed 42' in data.split
+
+def test_pairs_of_texts(bert, tmp_path):
+    rs = [{'premise':g, 'hypothesis':b, 'label':i%3} for i,(g,b) in enumerate(zip(good*3, bad*3))]
+    data = prepared('text_classification', bert, write(tmp_path, {'x.jsonl':lines(rs)})/'x.jsonl')
+    assert data.columns==['premise','hypothesis','label'] and data.classes==['0','1','2'] and 1 in data.train.rows[0]['token_type_ids']
+
+def test_columns_by_option(bert, tmp_path):
+    rs = [{'id':i, 'words':r['text'], 'mood':r['label'], 'label':'x'} for i,r in enumerate(reviews(10, 0))]
+    data = prepared('sentiment', bert, write(tmp_path, {'x.csv':as_csv(rs)})/'x.csv', text='words', label='mood')
+    assert data.columns==['words','mood'] and data.classes==['negative','positive']
+
+def test_classes_are_in_the_order_of_a_trained_head(bert, tmp_path):
+    source = write(tmp_path, {'x.jsonl':lines([{'text':t, 'label':c} for t in good for c in ('10','9','joy')])})/'x.jsonl'
+    assert prepared('text_classification', bert, source).classes==['9','10','joy']
+    config = transformers.AutoConfig.from_pretrained(bert, id2label={0:'joy',1:'9',2:'10'}, label2id={'joy':0,'9':1,'10':2})
+    trained = save_network(tmp_path/'m', lambda: transformers.BertForSequenceClassification(config), transformers.AutoTokenizer.from_pretrained(bert))
+    assert prepared('text_classification', trained, source).classes==['joy','9','10']
+    other = write(tmp_path, {'y.jsonl':lines(reviews(5, 0))})/'y.jsonl'
+    with pytest.raises(ValueError, match='3 classes .joy, 9, 10., the data have 2 classes'): prepared('text_classification', trained, other)
+    case,options = find_use_case('text_classification'),find_use_case('text_classification').options(new_head=True)
+    data = prepared('text_classification', trained, other, new_head=True)
+    assert case.model(str(trained), data, options).classifier.out_features==2
+
+def test_long_texts_are_cut_and_counted(bert, tmp_path):
+    data = prepared('text_classification', bert, write(tmp_path, {'x.jsonl':lines([{'text':'film '*(5*i+1), 'label':i%2} for i in range(10)])})/'x.jsonl', max_length=16)
+    assert data.length==16 and data.n_cut==7 and max(len(r['input_ids']) for r in data.train.rows)==16 and '7 longer ones were cut' in find_use_case('glue').facts(data, None)['Length']
+
+def test_formats_of_tokens(bert, tmp_path):
+    rng = random.Random(0)
+    rs = [dict(zip(('tokens','ner_tags'), sentence(rng))) for _ in range(20)]
+    a = prepared('ner', bert, write(tmp_path, {'x.jsonl':lines(rs)})/'x.jsonl')
+    b = prepared('ner', bert, write(tmp_path, {'x.csv':as_csv([{'words':' '.join(r['tokens']), 'tags':' '.join(r['ner_tags'])} for r in rs])})/'x.csv')
+    c = prepared('ner', bert, write(tmp_path, {'x.conll':'\n\n'.join('\n'.join(map(' '.join, zip(r['tokens'], r['ner_tags']))) for r in rs)})/'x.conll')
+    numbers = [{'tokens':r['tokens'], 'ner_tags':[a.classes.index(t) for t in r['ner_tags']]} for r in rs]
+    d = prepared('ner', bert, write(tmp_path, {'n.json':numbers})/'n.json', names=','.join(a.classes))
+    assert a.classes==b.classes==c.classes==d.classes==['B-LOC','B-ORG','B-PER','I-LOC','I-ORG','I-PER','O']
+    assert a.valid.rows==b.valid.rows==c.valid.rows and a.valid.targets==b.valid.targets==c.valid.targets==d.valid.targets
+
+def test_no_word_of_a_long_sentence_is_lost(bert, tmp_path):
+    words,tags = (sum(o, []) for o in zip(*(sentence(random.Random(i)) for i in range(30))))
+    source = write(tmp_path, {'x.jsonl':lines([{'tokens':words, 'tags':tags}]*5)})/'x.jsonl'
+    data = prepared('token_classification', bert, source)
+    assert data.length==128 and len(data.valid)>1 and set(data.valid.sentence)=={0}
+    assert [data.classes[t] for ts in data.valid.targets for t in ts if t>=0]==tags
+
+class Perfect:
+    "A learner whose predictions are right but for some"
+    def __init__(self, dataset): self.dl = type('DL', (), {'dataset':dataset})()
+
+def test_metrics_of_entities(bert, data):
+    d = prepared('ner', bert, data['named_entity_recognition'])
+    case,learn = find_use_case('ner'),Perfect(d.valid)
+    *_,y = case.dls(d, case.options(bs=30)).valid.one_batch()
+    for wrong,expected in ((False,[1,1,1,1]),(True,[0,0,0,float((y[y>=0]==d.classes.index('O')).float().mean())])):
+        learn.y,learn.pred = y,torch.nn.functional.one_hot(torch.full_like(y, d.classes.index('O')) if wrong else y.clamp(min=0), len(d.classes)).float()
+        metrics = [f() for f in case.metrics.values()]
+        for m in metrics: m.accumulate(learn)
+        assert [m.value for m in metrics]==pytest.approx(expected)
+
+def test_entities_as_seqeval_has_them():
+    get_entities = pytest.importorskip('seqeval.metrics.sequence_labeling').get_entities
+    from fastsparse_create.experiment.tokens import entities
+    rng = random.Random(0)
+    for _ in range(2000):
+        tags = rng.choices(['O','B-A','I-A','E-A','S-A','B-B','I-B'], k=6)
+        assert entities(tags)==set(get_entities(tags)), tags
+
+def test_formats_of_answers(bert, tmp_path):
+    flat = [{'question':q['question'], 'context':p['context'], 'answers':{k:[a[k] for a in q['answers']] for k in ('text','answer_start')}} for a in squad(10, 0, 'v1.1')['data'] for p in a['paragraphs'] for q in p['qas']]
+    simple = [{'question':r['question'], 'context':r['context'], 'answer':r['answers']['text'][0]} for r in flat]
+    sets = [prepared('qa', bert, write(tmp_path, {n:c})/n) for n,c in {'s.json':squad(10, 0, 'v1.1'), 'f.jsonl':lines(flat), 's.csv':as_csv(simple)}.items()]
+    for d in sets: assert len(d.records)==4 and d.valid.targets==sets[0].valid.targets and all(t!=[0,0] for t in d.valid.targets)
+
+def test_answers_off_by_a_character_are_mended(bert, tmp_path):
+    data = squad(10, 0)
+    for a in data['data']: a['paragraphs'][0]['qas'][0]['answers'][0]['answer_start'] += 1
+    d = prepared('qa', bert, write(tmp_path, {'x.json':data})/'x.json')
+    assert all(q.start<0 or q.context[q.start:].startswith(q.answers[0]) for q in d.records)
+
+# what is wrong
+
+def refused(capsys, *args):
+    with pytest.raises(SystemExit) as e: main(['training-aware', *map(str, args)])
+    assert e.value.code==2
+    text = capsys.readouterr().err.strip()
+    assert '\n' not in text and text.startswith('fastsparse.run')
+    return text
+
+fine = {'text':'good', 'label':'a'}
+pages = [
+    ('text_classification', 'x.jsonl', lines([fine]*3)+'{"text": "a", "label":\n', 'x.jsonl:4: isn\'t valid JSON'),
+    ('text_classification', 'x.csv', 'text,label\ngood,a\nbad\n', 'x.csv:3: has 1 fields'),
+    ('text_classification', 'x.csv', 'words,label\ngood,a\n'*2, "x.csv:2: has no column 'text'; its columns are words, label"),
+    ('text_classification', 'x.csv', b'text,label\ngood,a\nb\xe4d,b\n', "x.csv:3: the byte 0xe4 isn't UTF-8"),
+    ('text_classification', 'x.csv', '', 'holds no examples'),
+    ('text_classification', 'x.xlsx', '', 'expected a file that ends in'),
+    ('text_classification', 'x.jsonl', lines([fine]*3), "all labels are 'a'"),
+    ('sentiment_analysis', 'x.jsonl', lines([fine, {'text':'b'}]), "x.jsonl:2: has no 'label'"),
+    ('ner', 'x.jsonl', lines([{'tokens':['a'], 'tags':['O','O']}]*5), 'x.jsonl:'),
+    ('ner', 'x.txt', 'Anna B-PER\nleft\n', 'x.txt:2: expected a word and its tag'),
+    ('question_answering', 'x.json', json.dumps({'data':[{'paragraphs':[{'context':'Anna left.', 'qas':[{'question':'Who?', 'answers':[{'text':'Bo', 'answer_start':0}]}]}]}]*5}), "entry"),
+    ('question_answering', 'x.json', '{"data": [\n{"paragraphs" []}]}', 'x.json:2: isn\'t valid JSON'),
+]
+
+@pytest.mark.parametrize('case,file,content,said', pages)
+def test_data_that_cannot_be_trained_with(case, file, content, said, bert, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    text = refused(capsys, '--use-case', case, '--model', bert, '--data', tmp_path/file)
+    assert said in text and file in text
+    assert [o.name for o in tmp_path.iterdir()]==[file]
+
+@pytest.mark.parametrize('model,said', [('/nowhere/bert','no such folder'),('bert.pth','expected a folder that save_pretrained'),('no-such-model','nothing of this name can be fetched from the Hugging Face hub')])
+def test_models_that_are_not_there(model, said, data, capsys):
+    assert said in refused(capsys, '--use-case', 'glue', '--model', model, '--data', data['text_classification'])
+
+def test_a_label_that_only_validation_has(bert, tmp_path, capsys):
+    source = write(tmp_path, {'train.jsonl':lines(reviews(5, 0)), 'dev.jsonl':lines([*reviews(2, 0), {'text':'a', 'label':'mixed'}])})
+    assert "dev.jsonl:5: the training texts have no label 'mixed'" in refused(capsys, '--use-case', 'glue', '--model', bert, '--data', source)
+
+def test_without_transformers_the_extra_is_named(data, bert, capsys, monkeypatch):
+    monkeypatch.setitem(__import__('sys').modules, 'transformers', None)
+    assert 'pip install fastsparse_create[nlp]' in refused(capsys, '--use-case', 'glue', '--model', bert, '--data', data['text_classification'])
+
+def test_options_are_checked(data, bert, capsys):
+    args = '--use-case','qa','--model',bert,'--data',data['question_answering']
+    assert "did you mean 'stride'?" in refused(capsys, *args, '--train-kwargs', '{"strid": 3}')
+    assert 'max_length 900 is more than the 128 tokens' in refused(capsys, *args, '--train-kwargs', '{"max_length": 900}')
+    assert "eval_metric 'accuracy' is not known, accepted: f1, exact_match" in refused(capsys, *args, '--eval-metric', 'accuracy')
