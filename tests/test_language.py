@@ -154,6 +154,13 @@ def test_the_files_hold_the_same_zeros(made):
     xb = torch.randint(5, 50, (2,16)),torch.ones(2, 16).long(),torch.zeros(2, 16).long()
     with torch.no_grad(): assert torch.allclose(model(*xb), learn.model.eval()(*xb), atol=1e-5)
 
+def test_model_onnx_has_the_promised_zeros(made):
+    import onnx
+    case,folder = made
+    weights = [onnx.numpy_helper.to_array(o) for o in onnx.load(folder/'model.onnx').graph.initializer if o.data_type==onnx.TensorProto.INT8 and len(o.dims)==2]
+    shares = [(w==0).mean() for w in weights if min(w.shape)>=32 and w.shape[0]<=128]  # those of layers; embeddings have more rows
+    assert len(shares)>=12 and min(shares)>=.69
+
 def test_the_snippet_of_the_report_runs(made, monkeypatch):
     case,folder = made
     from html import unescape

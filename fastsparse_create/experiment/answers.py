@@ -219,7 +219,7 @@ def _predictions(exp):
     return html_table(rows, ['question','answer','predicted'], 'plain facts')
 
 def _use(exp):
-    return language_use(exp, _auto, 'questions, contexts', 'for each token: does the answer start here, does it end here?')
+    return language_use(exp, _auto, 'questions, contexts', 'for each token: does the answer start here, does it end here?', "'only_second'")
 
 question_answering = language_case('question_answering', ('qa','nlp_question_answering','nlp_qa','squad'), options=AnswerOptions,
     metrics={n:partial(AnswerMetric, n) for n in ('f1','exact_match')}, load=partial(load_records, readers=answer_readers), prepare=prepare_answers, model=partial(language_network, auto=_auto),

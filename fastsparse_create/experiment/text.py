@@ -201,12 +201,12 @@ _use_onnx = """# the file that was measured: 8-bit integers inside where the rec
 import onnxruntime
 from transformers import AutoTokenizer
 tokenizer,session = AutoTokenizer.from_pretrained('model'),onnxruntime.InferenceSession('model.onnx')
-batch = tokenizer({texts}, padding='max_length', truncation=True, max_length={length}, return_tensors='np')
+batch = tokenizer({texts}, padding='max_length', truncation={cut}, max_length={length}, return_tensors='np')
 logits, = session.run(None, {{i.name:batch[i.name] for i in session.get_inputs()}})  # {what}"""
 
-def language_use(exp, auto, texts, what):
+def language_use(exp, auto, texts, what, cut='True'):
     "Lines of code that use the files"
-    onnx = _use_onnx.format(texts=texts, length=exp.data.length, what=what)
+    onnx = _use_onnx.format(texts=texts, length=exp.data.length, what=what, cut=cut)
     return [onnx]*(exp.deployed is not None)+[_use_model.format(auto=auto)]
 
 def _use(exp):
