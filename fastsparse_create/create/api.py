@@ -24,7 +24,7 @@ from ..recipe.expression import did_you_mean
 from ..recipe.generate import *
 from ..selection import *
 
-# %% ../../nbs/26_create.api.ipynb #7b5a48ac
+# %% ../../nbs/26_create.api.ipynb #a55a1d4d
 class RecipeManager(LoopManager):
     "Drives a recipe from a plain PyTorch loop"
     def __init__(self,
@@ -77,6 +77,14 @@ class RecipeManager(LoopManager):
                    ):
         "Write the recipe, as it was given"
         Path(path).write_text(self.text, encoding='utf-8')
+
+    def state_dict(self)->dict:
+        "That of `LoopManager`, and the recipe"
+        return {**super().state_dict(), 'recipe':str(self.recipe)}
+
+    def _check_state(self, state):
+        super()._check_state(state)
+        if state.get('recipe')!=str(self.recipe): raise ValueError("load_state_dict: the state is that of another recipe, which it has: RecipeManager(state['recipe'], ...) goes on with it")
 
     def apply(self,
               batches=None, # What the model is called with, each a tensor, tuple or dict: sets ranges of activations; for recipes that quantize

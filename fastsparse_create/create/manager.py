@@ -175,7 +175,7 @@ def _state_of(cb):
         with suppress(TypeError): state[k] = _as_data(vars(cb)[k])
     return state
 
-# %% ../../nbs/25_create.manager.ipynb #4a48f32a
+# %% ../../nbs/25_create.manager.ipynb #39f43f3e
 class LoopManager:
     "Drives callbacks from a plain PyTorch loop: its forward passes and its `optimizer.step()` raise the events of `fit`"
     def __init__(self,
@@ -350,7 +350,7 @@ class LoopManager:
 
     def state_dict(self)->dict:
         "The clock, what callbacks have noted, and which layers are quantized; masks are in the model's own `state_dict`"
-        return dict(steps=self.steps, steps_per_epoch=self.steps_per_epoch, max_epochs=self.max_epochs, pct_train=self.learn.pct_train,
+        return dict(steps=self.steps, steps_per_epoch=self.steps_per_epoch, pct_train=self.learn.pct_train,
                     trainable={n:p.requires_grad for n,p in unwrap_model(self.model).named_parameters()},
                     enforced={p.name:p.is_enforced for p in masked_params(self.model)}, quantized=quantization_state(self.model),
                     cbs=[(type(cb).__name__, _state_of(cb)) for cb in self.cbs])
@@ -377,8 +377,8 @@ class LoopManager:
         own,saved = [type(cb).__name__ for cb in self.cbs],[n for n,_ in state['cbs']]
         if self._in_epoch: raise RuntimeError("load_state_dict: the loop has begun already, load before the first forward pass")
         if own!=saved: raise ValueError(f"load_state_dict: the state is that of {saved}, this manager has {own}")
-        for name in 'steps_per_epoch','max_epochs':
-            if state[name]!=getattr(self, name): raise ValueError(f"load_state_dict: the state has {state[name]} {name}, this loop {getattr(self, name)}")
+        if state['steps_per_epoch']!=self.steps_per_epoch:
+            raise ValueError(f"load_state_dict: the state has {state['steps_per_epoch']} steps_per_epoch, this loop {self.steps_per_epoch}")
 
 def _release(model, param):
     "Stop enforcing a mask, and leave the weights behind it as they are"
