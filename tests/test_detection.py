@@ -1,17 +1,17 @@
 "Detection from the command line: YOLOv5 layouts to artifacts, and what is refused."
-import csv,shutil
+import shutil
 import pytest
 from fastai.vision.all import Image,load_learner,np,tensor,torch
 from PIL import ImageDraw
 pytest.importorskip('pycocotools')
-from fastsparse_create.cli import main
-from fastsparse_create.experiment import detection,training_aware as module
+from fastsparse_create.experiment import detection
 from fastsparse_create.experiment.detection import *
 from fastsparse_create.experiment.models import *
 from fastsparse_create.experiment.training_aware import TrainingAware
 from fastsparse_create.export.onnx import OnnxModel,onnx_ops
 from fastsparse_create.masking import measured_sparsity
 from fastsparse_create.quantization.convert import is_quantized
+from commands import *
 
 def make_objects(folder, n=8, parts=('train','val')):
     "Bright boxes on noise; the first image of each part holds none"
@@ -33,22 +33,6 @@ def make_objects(folder, n=8, parts=('train','val')):
 def objects(tmp_path_factory): return make_objects(tmp_path_factory.mktemp('objects'))
 
 small = ['--use-case', 'cv-detection', '--epochs', '1', '--model', 'ssdlite320_mobilenet_v3_large', '--train-kwargs', '{"bs": 4, "size": 96}']
-
-def run(tmp_path, *args):
-    "The folder that the command writes"
-    assert main(['training-aware', *map(str, args), '--working-dir', str(tmp_path)])==0
-    folder, = tmp_path.iterdir()
-    return folder
-
-def rows(folder, name='metrics.csv'): return list(csv.DictReader((folder/name).open()))
-
-def refused(capsys, *args):
-    "The sentence that ends a command"
-    with pytest.raises(SystemExit) as e: main(['training-aware', *map(str, args)])
-    assert e.value.code==2
-    text = capsys.readouterr().err.strip()
-    assert '\n' not in text and text.startswith('fastsparse.run')
-    return text
 
 @pytest.fixture(scope='session')
 def made(objects, tmp_path_factory): return run(tmp_path_factory.mktemp('made'), *small, '--data', objects)

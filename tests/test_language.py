@@ -3,12 +3,12 @@ import csv,json,os,random
 os.environ.setdefault('HF_HUB_OFFLINE', '1')  # nothing here needs a network
 import numpy as np,pytest,torch
 from fastai.basics import Learner,Path,load_learner
-from fastsparse_create.cli import main
 from fastsparse_create.experiment.models import load_model
 from fastsparse_create.experiment.use_case import find_use_case
 from fastsparse_create.export.onnx import OnnxModel,onnx_ops
 from fastsparse_create.quantization.convert import is_quantized
 from fastsparse_create.selection import prunable
+from commands import *
 
 transformers = pytest.importorskip('transformers')
 
@@ -103,14 +103,6 @@ def data(tmp_path_factory):
     return {'text_classification':write(root/'text', {'train.jsonl':lines(reviews(80, 0)), 'valid.jsonl':lines(reviews(20, 1))}),
             'named_entity_recognition':write(root/'ner', {'eng.train':conll(120, 0), 'eng.testa':conll(30, 1), 'eng.testb':conll(30, 2)}),
             'question_answering':write(root/'qa', {'train-v2.0.json':squad(60, 0), 'dev-v2.0.json':squad(15, 1)})}
-
-def run(tmp_path, *args):
-    "The folder that the command writes"
-    assert main(['training-aware', *map(str, args), '--working-dir', str(tmp_path)])==0
-    folder, = tmp_path.iterdir()
-    return folder
-
-def rows(folder, name='metrics.csv'): return list(csv.DictReader((folder/name).open()))
 
 # the command
 
@@ -297,13 +289,6 @@ def test_answers_off_by_a_character_are_mended(bert, tmp_path):
     assert all(q.start<0 or q.context[q.start:].startswith(q.answers[0]) for q in d.records)
 
 # what is wrong
-
-def refused(capsys, *args):
-    with pytest.raises(SystemExit) as e: main(['training-aware', *map(str, args)])
-    assert e.value.code==2
-    text = capsys.readouterr().err.strip()
-    assert '\n' not in text and text.startswith('fastsparse.run')
-    return text
 
 fine = {'text':'good', 'label':'a'}
 pages = [

@@ -1,16 +1,14 @@
 "Segmentation from the command line: masks and polygons to artifacts, and what is refused."
-import csv,shutil
+import shutil
 import pytest
 from fastai.vision.all import Image,Path,load_learner,np,torch
 from PIL import ImageDraw
-from fastsparse_create.cli import main
-from fastsparse_create.experiment import training_aware as module
 from fastsparse_create.experiment.models import *
 from fastsparse_create.experiment.segmentation import *
-from fastsparse_create.experiment.training_aware import TrainingAware
 from fastsparse_create.export.onnx import OnnxModel,onnx_ops
 from fastsparse_create.masking import measured_sparsity
 from fastsparse_create.quantization.convert import is_quantized
+from commands import *
 
 def make_shapes(folder, n=8, polygons=False, split=True):
     "Bright boxes on noise, with their masks or polygons"
@@ -39,28 +37,6 @@ def polygons(tmp_path_factory): return make_shapes(tmp_path_factory.mktemp('poly
 
 case = '--use-case cv-segmentation --epochs 1'.split()
 small = [*case, '--model', 'lraspp_mobilenet_v3_large', '--train-kwargs', '{"bs": 4, "size": 32}']
-
-def run(tmp_path, *args):
-    "The folder that the command writes"
-    assert main(['training-aware', *map(str, args), '--working-dir', str(tmp_path)])==0
-    folder, = tmp_path.iterdir()
-    return folder
-
-def rows(folder, name='metrics.csv'): return list(csv.DictReader((folder/name).open()))
-
-def refused(capsys, *args):
-    "The sentence that ends a command"
-    with pytest.raises(SystemExit) as e: main(['training-aware', *map(str, args)])
-    assert e.value.code==2
-    text = capsys.readouterr().err.strip()
-    assert '\n' not in text and text.startswith('fastsparse.run')
-    return text
-
-@pytest.fixture
-def quick(monkeypatch):
-    "No report and no ONNX files"
-    monkeypatch.setattr(module, 'experiment_page', lambda exp: '')
-    monkeypatch.setattr(TrainingAware, '_deploy', lambda self, out: module.pd.DataFrame([{'what':'nothing', 'mean_iou':0., 'ms':0., 'times_as_fast':0., 'MB':0.}]))
 
 @pytest.fixture(scope='session')
 def made(masks, tmp_path_factory):
