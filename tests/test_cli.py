@@ -1,5 +1,5 @@
 "The command line and the experiment behind it: arguments to exit codes, images to artifacts."
-import base64,csv,re,subprocess,sys
+import base64,re,subprocess,sys
 import pytest
 from fastai.vision.all import Callback,Image,Learner,Path,get_image_files,get_random_states,load_learner,np,random,shutil,torch
 from fastsparse_create.cli import main
@@ -12,6 +12,7 @@ from fastsparse_create.masking import measured_sparsity
 from fastsparse_create.quantization.convert import is_quantized
 from fastsparse_create.recipe.generate import generate_recipe
 from fastsparse_create.selection import prunable
+from commands import *
 
 def make_images(folder, n, shade=128):
     folder.mkdir(parents=True)
@@ -29,20 +30,6 @@ def images(tmp_path_factory):
 
 small = '--model squeezenet1_1 --use-case image_classification --epochs 1'.split()
 digits = '--data digits --train-samples 40 --val-samples 20'.split()
-
-@pytest.fixture
-def quick(monkeypatch):
-    "No report and no ONNX files: these take most of the time of a small run"
-    monkeypatch.setattr(module, 'experiment_page', lambda exp: '')
-    monkeypatch.setattr(TrainingAware, '_deploy', lambda self, out: module.pd.DataFrame([{'what':'nothing', 'accuracy':0., 'ms':0., 'times_as_fast':0., 'MB':0.}]))
-
-def run(tmp_path, *args):
-    "The folder that the command writes"
-    assert main(['training-aware', *map(str, args), '--working-dir', str(tmp_path)])==0
-    folder, = tmp_path.iterdir()
-    return folder
-
-def rows(folder, name='metrics.csv'): return list(csv.DictReader((folder/name).open()))
 
 @pytest.fixture(scope='session')
 def made(images, tmp_path_factory):
@@ -207,14 +194,6 @@ def test_a_loss_that_is_no_number_is_no_result(tmp_path):
 
 # usage errors
 
-def refused(capsys, *args):
-    "The sentence that ends a command"
-    with pytest.raises(SystemExit) as e: main(['training-aware', *map(str, args)])
-    assert e.value.code==2
-    text = capsys.readouterr().err.strip()
-    assert '\n' not in text and text.startswith('fastsparse.run')
-    return text
-
 @pytest.mark.parametrize('args,said', [
     (['--model','squeezenet1_1','--data','digits'], 'required: --use-case'),
     ([*small,'--data','digits','--epochs','many'], "invalid int value: 'many'"),
@@ -279,7 +258,7 @@ def test_a_recipe_that_does_not_fit_is_refused_before_training(capsys, tmp_path)
 
 def test_layouts(images, tmp_path):
     a = load_images(images)
-    assert [len(a.train), len(a.valid)]==[24,8] and a.is_photo and {a.labeller(f) for f in a.valid}==set(a.classes)
+    assert [len(a.train), len(a.valid)]==[24,8] and a.is_photo and {a.labels[f] for f in a.valid}==set(a.classes)
     flat = load_images(images/'train')
     assert [len(flat.train), len(flat.valid)]==[20,4] and flat.classes==a.classes
     assert not set(flat.train)&set(flat.valid) and load_images(images/'train').valid==flat.valid and load_images(images/'train', seed=1).valid!=flat.valid
@@ -292,11 +271,11 @@ def test_labels_of_nested_images_are_the_classes(images, tmp_path):
     shutil.copytree(images/'train', tmp_path/'x')
     make_images(tmp_path/'x'/'dog'/'more'/'train', 2)
     data = load_images(tmp_path/'x')
-    assert {data.labeller(f) for f in data.train+data.valid if 'more' in f.parts}=={'dog'}
+    assert {data.labels[f] for f in data.train+data.valid if 'more' in f.parts}=={'dog'}
 
 @pytest.mark.parametrize('spoil,said', [
-    (lambda root: (root/'train'/'dog'/'0.png').write_bytes(b''), '0.png: not a readable image'),
-    (lambda root: (root/'train'/'dog'/'0.png').write_bytes((root/'train'/'dog'/'1.png').read_bytes()[:300]), '0.png: not a readable image'),
+    (lambda root: [(root/'train'/'dog'/f'{i}.png').write_bytes(b'') for i in range(2)], '0.png: not a readable image'),
+    (lambda root: [(root/'train'/'dog'/f'{i}.png').write_bytes((root/'train'/'dog'/'9.png').read_bytes()[:300]) for i in range(3)], "(and 2 more of 32); repair or remove what is broken, up to 5% of the images"),
     (lambda root: (root/'train'/'empty').mkdir(), 'empty: the class folder holds no images'),
     (lambda root: make_images(root/'valid'/'cow', 2), 'the training images have no class of this name'),
     (lambda root: shutil.rmtree(root/'train'), 'no train/'),

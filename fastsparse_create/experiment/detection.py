@@ -282,7 +282,7 @@ class CocoMetric(Metric):
     @property
     def name(self): return self._name
 
-# %% ../../nbs/41c_experiment.detection.ipynb #a9cd43c2
+# %% ../../nbs/41c_experiment.detection.ipynb #a47934a2
 class DetectionLoss:
     "The loss of a `Detector`"
     def __init__(self, detector): self.detector = detector
@@ -313,10 +313,9 @@ def _model(name, data, o):
 
 def _facts(data, o):
     (h,w),augment = _size(data, o),data.is_photo if o.augment is None else o.augment
-    skipped = {'Left out':f"{len(data.skipped)} that can't be read: {', '.join(f.name for f in data.skipped[:5])}"} if data.skipped else {}
     n = [sum(len(data.boxes[f]) for f in files) for files in (data.train,data.valid)]
     return {'Data':data.name, 'Classes':f"{len(data.classes)}: {', '.join(data.classes[:12])}{', …' if len(data.classes)>12 else ''}",
-            'Images':f'{len(data.train):,} for training with {n[0]:,} objects, {len(data.valid):,} for validation with {n[1]:,}', **skipped, 'Split by':data.split,
+            'Images':f'{len(data.train):,} for training with {n[0]:,} objects, {len(data.valid):,} for validation with {n[1]:,}', **left_out(data.skipped), 'Split by':data.split,
             'Image size':f'{w}×{h}', 'Augmentation':"fastai's: flips, zooms, changes of light" if augment else 'none'}
 
 def _saved(data, o): return {'classes':list(data.classes), 'size':list(_size(data, o)), 'mean':list(imagenet_stats[0]), 'std':list(imagenet_stats[1])}

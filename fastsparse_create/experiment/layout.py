@@ -6,12 +6,12 @@
 __all__ = ['Labelled', 'class_names', 'find_labelled', 'look_at_images', 'sample_images', 'image_size', 'has_colour',
            'read_label_lines']
 
-# %% ../../nbs/40a_experiment.layout.ipynb #873a41dc
-import math,os,random,statistics,yaml
+# %% ../../nbs/40a_experiment.layout.ipynb #38f76194
+import math,random,statistics,yaml
 from dataclasses import dataclass,replace
 from fastai.vision.all import *
 from .data import *
-from .data import _first_named,_grey_modes,_look,_split,_subfolders,_train_names,_valid_names
+from .data import _first_named,_grey_modes,_train_names,_valid_names
 
 # %% ../../nbs/40a_experiment.layout.ipynb #9051dad3
 @dataclass(frozen=True)
@@ -131,25 +131,19 @@ def find_labelled(folder:Path, # A folder, or a `.yaml`
     if both: raise ValueError(f"{root}: the images for validation are those that are trained with")
     return Labelled(root, train, valid, {**labels, **more}, names, split)
 
-# %% ../../nbs/40a_experiment.layout.ipynb #fc2d7f4d
-_most_skipped = .05
-
+# %% ../../nbs/40a_experiment.layout.ipynb #f9bb5a62
 def _drop(found, wrong):
     "`found` without the images in `wrong`, image -> why"
-    n,(file,why) = len(found.train)+len(found.valid),next(iter(wrong.items()))
-    more = f" (and {len(wrong)-1} more of {n})" if len(wrong)>1 else ''
-    if len(wrong)>_most_skipped*n: raise ValueError(f"{file}: {why}{more}; repair or remove what is broken, up to {_most_skipped:.0%} of the images would be skipped")
+    check_skipped(wrong, len(found.train)+len(found.valid))
     return replace(found, train=[f for f in found.train if f not in wrong], valid=[f for f in found.valid if f not in wrong], skipped=(*found.skipped, *wrong))
 
 def look_at_images(found:Labelled, # From `find_labelled`
                   )->tuple: # `found` without broken images; their width, height and mode
     "Decode each image; `ValueError` if too many can't be"
-    files = found.train+found.valid
-    seen = dict(zip(files, parallel(_look, files, threadpool=True, n_workers=min(8, os.cpu_count() or 1), progress=len(files)>5000)))
-    wrong = {f:f'not a readable image, {str(o).splitlines()[0] if str(o) else type(o).__name__}' for f,o in seen.items() if isinstance(o, Exception)}
-    if wrong: found = _drop(found, wrong)
+    seen,wrong = look_at(found.train+found.valid)
+    found = _drop(found, wrong)
     if len(found.train)<2 or not found.valid: raise ValueError(f"{found.folder}: {len(found.train)} images to train with and {len(found.valid)} to validate with are too few")
-    return found,{f:o for f,o in seen.items() if f not in wrong}
+    return found,seen
 
 def sample_images(found:Labelled, # From `find_labelled`
                   seed:int, # Chooses

@@ -154,7 +154,7 @@ def load_records(data, # A folder, or a file
     read = lambda fs: [r for f in fs for r in read_records(f, readers)]
     return make(read(train), read(valid), f"the files {', '.join(f.name for f in train)} and {', '.join(f.name for f in valid)}" if valid else by_seed)
 
-# %% ../../nbs/40b_experiment.records.ipynb #15247ddd
+# %% ../../nbs/40b_experiment.records.ipynb #264cf642
 def find_column(columns, # Names of the columns that there are
                 names:tuple, # Usual names, the most usual first
                 given:str=None, # What the user said
@@ -170,4 +170,6 @@ def find_column(columns, # Names of the columns that there are
     lower = {c.lower():c for c in reversed(columns)}
     found = next((lower[n] for n in names if n in lower), None)
     if found is not None: return found
-    raise ValueError(f"{where}: has no column {names[0]!r}; its columns are {', '.join(columns)}; name the one that is meant by train_kwargs: '{{\"{role}\": \"...\"}}'")
+    near = next((m for n in names for m in get_close_matches(n, lower, 1)), None)
+    meant = json.dumps({role:lower.get(near, '...')}, ensure_ascii=False)
+    raise ValueError(f"{where}: has no column {names[0]!r}; its columns are {', '.join(columns)}; name the one that is meant by train_kwargs: '{meant}'")

@@ -239,7 +239,7 @@ class PixelAccuracy(PixelMetric):
     "Share of the pixels whose class is the predicted one"
     def score(self, both, mask, pred): return both.sum()/mask.sum()
 
-# %% ../../nbs/41b_experiment.segmentation.ipynb #efee242d
+# %% ../../nbs/41b_experiment.segmentation.ipynb #5f2168e0
 def _model(name, data, o):
     n_out = len(data.classes)
     model = create_model(name, n_out, o.pretrained, o.arch, segmenter)
@@ -255,9 +255,8 @@ def _loss(): return CrossEntropyLossFlat(axis=1, ignore_index=unknown)
 
 def _facts(data, o):
     (h,w),augment = _size(data, o),data.is_photo if o.augment is None else o.augment
-    skipped = {'Left out':f"{len(data.skipped)} that can't be read: {', '.join(f.name for f in data.skipped[:5])}"} if data.skipped else {}
     return {'Data':data.name, 'Classes':f"{len(data.classes)}: {', '.join(data.classes[:12])}{', …' if len(data.classes)>12 else ''}",
-            'Images':f'{len(data.train):,} for training, {len(data.valid):,} for validation', **skipped, 'Split by':data.split,
+            'Images':f'{len(data.train):,} for training, {len(data.valid):,} for validation', **left_out(data.skipped), 'Split by':data.split,
             'Image size':f'{w}×{h}', 'Augmentation':"fastai's: flips, small rotations, zooms, changes of light" if augment else 'none'}
 
 def _saved(data, o): return {'classes':list(data.classes), 'size':list(_size(data, o)), 'mean':list(imagenet_stats[0]), 'std':list(imagenet_stats[1])}
