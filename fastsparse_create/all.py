@@ -23,6 +23,7 @@ from .callback.second_order import *
 from .callback.topkast import *
 from .callback.powerpropagation import *
 from .callback.distillation import *
+from .callback.checkpoint import *
 from .sparsify import *
 from .sparse.linear import *
 from .asp import *

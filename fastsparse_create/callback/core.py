@@ -100,7 +100,7 @@ class MaskEnforcer(Callback):
         if not any(isinstance(cb, cls) for cb in learn.cbs): learn.add_cb(cls())
         return learn.mask_enforcer
 
-# %% ../../nbs/10_callback.core.ipynb #391033c1
+# %% ../../nbs/10_callback.core.ipynb #e878758b
 modifiers = {}
 
 class TrainingCallback(Callback):
@@ -187,6 +187,14 @@ class Modifier(TrainingCallback):
         self._plan = sorted((b,e) for b,e in plan.items() if self._is_ahead(b, e, resumed, n_iter))
         if self._position==0 and self.end_epoch>self.n_epoch:
             logger.info(f"{type(self).__name__} ends at epoch {self.end_epoch}, this fit at {self.n_epoch}: the next fit goes on from there")
+
+    def plan_fit(self,
+                 n_iter:int, # Batches in an epoch
+                 resumed:float=None, # Epoch that this fit begins with, if only the model knows what came before; None: so does the modifier
+                ):
+        "Plan the ticks that are still to come"
+        plan = self.ticks(n_iter, self._done+self.n_epoch, self._done)
+        self._plan = sorted((b,e) for b,e in plan.items() if self._is_ahead(b, e, resumed, n_iter))
 
     def _is_ahead(self, batch, epoch, resumed, n_iter):
         return epoch>self._last if resumed is None else self.replays or batch>=resumed*n_iter

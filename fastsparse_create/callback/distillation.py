@@ -57,7 +57,7 @@ def _check_teacher(owner, teacher):
     if not Path(teacher).exists(): raise ValueError(f"{where}: there is no file {str(teacher)!r}; accepted is a path, 'self', or 'given' for one that is given later")
     return teacher
 
-# %% ../../nbs/18_callback.distillation.ipynb #8abf8324
+# %% ../../nbs/18_callback.distillation.ipynb #250bbe97
 class TeacherModifier(Modifier, abstract=True):
     "Runs a teacher beside the student, and adds what the two disagree in to the loss"
     order,column = 5,'distillation'  # before GradientAccumulation (6) divides the loss, and MixedPrecision (10) scales it
@@ -67,7 +67,7 @@ class TeacherModifier(Modifier, abstract=True):
 
     def reset(self):
         super().reset()
-        self._is_on,self._network,self._weights,self._given = False,None,None,None
+        self._is_on,self._network,self._weights = False,None,None
 
     @property
     def adds_to_loss(self)->bool:
@@ -98,7 +98,7 @@ class TeacherModifier(Modifier, abstract=True):
 
     def _start(self):
         inner = unwrap_model(self.model)
-        if self.resumed_at and self.teacher=='self': logger.warning(f"{type(self).__name__}: training is resumed, the teacher is a copy of the model as it is at epoch {self.now:g}")
+        if self.resumed_at and self.teacher=='self' and self._weights is None: logger.warning(f"{type(self).__name__}: training is resumed, the teacher is a copy of the model as it is at epoch {self.now:g}")
         if self.teacher=='self':
             network = frozen_copy(inner)
             if self._weights is not None: dequantize_(network).load_state_dict(self._weights)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LoopRecorder', 'begin_batch', 'end_forward', 'LoopManager']
 
-# %% ../../nbs/25_create.manager.ipynb #e58eee11
+# %% ../../nbs/25_create.manager.ipynb #98137eb0
 import inspect,sys,weakref
 from collections.abc import MutableMapping
 from contextlib import suppress
@@ -16,6 +16,7 @@ from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from ..callback.core import *
 from ..callback.quantization import *
+from ..callback.state import *
 from ..masking import *
 from ..quantization.convert import *
 from ..selection import unwrap_model
@@ -149,33 +150,7 @@ class _Scaler(MixedPrecision):
     @property
     def scale(self): return self.scaler.get_scale() if self._runs and self.scaler.is_enabled() else 1.
 
-# %% ../../nbs/25_create.manager.ipynb #d2d524ef
-_not_state = {'learn','order','run','_plan'}
-
-def _as_data(o):
-    if o is None or isinstance(o, (bool,int,float,str)): return o
-    if isinstance(o, Tensor) and not isinstance(o, nn.Parameter): return o.detach().clone()
-    if isinstance(o, torch.Generator): return {'generator_state':o.get_state(), 'device':str(o.device)}
-    if type(o) in (list,tuple): return type(o)(map(_as_data, o))
-    if type(o) is dict: return {_as_data(k):_as_data(v) for k,v in o.items()}
-    raise TypeError
-
-def _from_data(o, device):
-    if isinstance(o, Tensor): return o.detach().clone().to(device)
-    if isinstance(o, (list,tuple)): return type(o)(_from_data(v, device) for v in o)
-    if not isinstance(o, dict): return o
-    if set(o)!={'generator_state','device'}: return {k:_from_data(v, device) for k,v in o.items()}
-    generator = torch.Generator(o['device'])
-    generator.set_state(o['generator_state'].cpu())
-    return generator
-
-def _state_of(cb):
-    state = {}
-    for k in vars(cb).keys()-_not_state-set(inspect.signature(type(cb)).parameters):
-        with suppress(TypeError): state[k] = _as_data(vars(cb)[k])
-    return state
-
-# %% ../../nbs/25_create.manager.ipynb #39f43f3e
+# %% ../../nbs/25_create.manager.ipynb #6e190ce0
 class LoopManager:
     "Drives callbacks from a plain PyTorch loop: its forward passes and its `optimizer.step()` raise the events of `fit`"
     def __init__(self,
@@ -350,28 +325,20 @@ class LoopManager:
 
     def state_dict(self)->dict:
         "The clock, what callbacks have noted, and which layers are quantized; masks are in the model's own `state_dict`"
-        return dict(steps=self.steps, steps_per_epoch=self.steps_per_epoch, pct_train=self.learn.pct_train,
-                    trainable={n:p.requires_grad for n,p in unwrap_model(self.model).named_parameters()},
-                    enforced={p.name:p.is_enforced for p in masked_params(self.model)}, quantized=quantization_state(self.model),
-                    cbs=[(type(cb).__name__, _state_of(cb)) for cb in self.cbs])
+        return dict(steps=self.steps, steps_per_epoch=self.steps_per_epoch, pct_train=self.learn.pct_train, **model_notes(self.model),
+                    cbs=[(type(cb).__name__, noted(cb)) for cb in self.cbs])
 
     def load_state_dict(self,
                         state:dict, # From `state_dict`
                        ):
         "Go on where `state` was taken; model and optimizer are loaded beside it, before or after (after, if the model is quantized)"
         self._check_state(state)
-        if state['quantized'] and not is_quantized(self.model): quantize_like(unwrap_model(self.model), state['quantized'])
-        for p in masked_params(self.model):
-            if not state['enforced'].get(p.name, True): _release(self.model, p)
-        for n,p in unwrap_model(self.model).named_parameters(): p.requires_grad_(state['trainable'].get(n, p.requires_grad))
+        restore_notes(self.model, state)
         self.steps = state['steps']
         self._open_epoch()
         self.learn.train_iter,self.learn.pct_train = self.steps,state['pct_train']
         device = next(self.model.parameters()).device
-        for cb,(_,noted) in zip(self.cbs, state['cbs']):
-            vars(cb).update(_from_data(noted, device))
-            if isinstance(cb, QuantizationModifier) and is_quantized(self.model): cb.go_on()
-            if isinstance(cb, Modifier): cb._plan = [(b,e) for b,e in cb._plan if cb._is_ahead(b, e, None, self.steps_per_epoch)]
+        for cb,(_,state_of_cb) in zip(self.cbs, state['cbs']): restore_noted(cb, state_of_cb, self.steps_per_epoch, device)
 
     def _check_state(self, state):
         own,saved = [type(cb).__name__ for cb in self.cbs],[n for n,_ in state['cbs']]
@@ -379,12 +346,6 @@ class LoopManager:
         if own!=saved: raise ValueError(f"load_state_dict: the state is that of {saved}, this manager has {own}")
         if state['steps_per_epoch']!=self.steps_per_epoch:
             raise ValueError(f"load_state_dict: the state has {state['steps_per_epoch']} steps_per_epoch, this loop {self.steps_per_epoch}")
-
-def _release(model, param):
-    "Stop enforcing a mask, and leave the weights behind it as they are"
-    held = param.param.detach().clone()
-    stop_enforcing(model, [param])
-    param.param.data.copy_(held)
 
 # %% ../../nbs/25_create.manager.ipynb #20f8c244
 def _checked_scaler(scaler):

@@ -6,7 +6,7 @@
 __all__ = ['named_inputs', 'named_outputs', 'Pixels', 'finished_copy', 'OnnxModel', 'onnx_ops', 'OnnxExport', 'export_onnx',
            'quantize_qat_export']
 
-# %% ../../nbs/60b_export.onnx.ipynb #d0a323b7
+# %% ../../nbs/60b_export.onnx.ipynb #ce0fb7d9
 import inspect,logging,math,tempfile,torch,warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ from importlib import import_module
 from io import StringIO
 from fastai.basics import *
 from fastai.data.transforms import Normalize
+from ..files import *
 from ..masking import *
 from ..report import human
 from ..selection import *
