@@ -11,7 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 from torchvision.models import mobilenet_v3_large,resnet18,resnet50
 from fastsparse_create.benchmark import *
-from fastsparse_create.experiment.training_aware import few_inputs
+from fastsparse_create.experiment.plan import few_inputs
 from fastsparse_create.export.onnx import *
 from fastsparse_create.quantization.convert import *
 from fastsparse_create.recipe.generate import removed_flops

@@ -2,19 +2,19 @@
 import csv
 import pytest
 from fastsparse_create.cli import main
-from fastsparse_create.experiment import training_aware as module
+from fastsparse_create.experiment import core as module
 
-def run(tmp_path, *args):
+def run(tmp_path, *args, command='training-aware'):
     "The folder that the command writes"
-    assert main(['training-aware', *map(str, args), '--working-dir', str(tmp_path)])==0
+    assert main([command, *map(str, args), '--working-dir', str(tmp_path)])==0
     folder, = tmp_path.iterdir()
     return folder
 
 def rows(folder, name='metrics.csv'): return list(csv.DictReader((folder/name).open()))
 
-def refused(capsys, *args):
+def refused(capsys, *args, command='training-aware'):
     "The sentence that ends a command"
-    with pytest.raises(SystemExit) as e: main(['training-aware', *map(str, args)])
+    with pytest.raises(SystemExit) as e: main([command, *map(str, args)])
     assert e.value.code==2
     text = capsys.readouterr().err.strip()
     assert '\n' not in text and text.startswith('fastsparse.run')
@@ -24,6 +24,6 @@ def refused(capsys, *args):
 def quick(monkeypatch):
     "No report and no ONNX files: these take most of the time of a small run"
     monkeypatch.setattr(module, 'experiment_page', lambda exp: '')
-    monkeypatch.setattr(module.TrainingAware, '_deploy', lambda self, out: module.pd.DataFrame([{'what':'nothing', 'metric':0., 'ms':0., 'times_as_fast':0., 'MB':0.}]))
+    monkeypatch.setattr(module.Experiment, '_deploy', lambda self, out: module.pd.DataFrame([{'what':'nothing', 'metric':0., 'ms':0., 'times_as_fast':0., 'MB':0.}]))
 
 __all__ = ['quick','refused','rows','run']

@@ -3,7 +3,7 @@ import base64,re,subprocess,sys
 import pytest
 from fastai.vision.all import Callback,Image,Learner,Path,get_image_files,get_random_states,load_learner,np,random,shutil,torch
 from fastsparse_create.cli import main
-from fastsparse_create.experiment import training_aware as module
+from fastsparse_create.experiment import core as module
 from fastsparse_create.experiment.data import load_images
 from fastsparse_create.experiment.models import *
 from fastsparse_create.experiment.training_aware import TrainingAware,training_aware
@@ -46,7 +46,7 @@ def test_the_command_prints_both_models_and_writes_everything(tmp_path):
     assert re.search(r'dense\s+sparse\naccuracy +[\d.]+ +[\d.]+', done.stdout) and 'model.onnx' in done.stdout
     folder, = tmp_path.iterdir()
     assert re.fullmatch(r'training_aware_image_classification_\d{4}(_\d\d){5}', folder.name)
-    assert sorted(o.name for o in folder.iterdir())==['deployed.csv','history.csv','learner.pkl','metrics.csv','model.onnx','model.pth','recipe.yaml','report.html']
+    assert sorted(o.name for o in folder.iterdir())==['command.json','deployed.csv','history.csv','learner.pkl','logs','metrics.csv','metrics.json','model.onnx','model.pth','recipe.yaml','report.html']
 
 def test_the_saved_weights_have_the_promised_zeros(made):
     saved = torch.load(made/'model.pth', weights_only=True)
@@ -114,7 +114,7 @@ def test_both_models_start_from_the_same_weights_and_see_the_same_batches(tmp_pa
         def before_fit(self): starts.append([p.detach().clone() for p in self.model.parameters()]); seen.append([])
         def before_batch(self): seen[-1].append(self.yb[0].tolist())
     train = Learner.fit_recipe
-    monkeypatch.setattr(Learner, 'fit_recipe', lambda self, *args, **kwargs: train(self, *args, cbs=Watch(), **kwargs))
+    monkeypatch.setattr(Learner, 'fit_recipe', lambda self, *args, cbs=(), **kwargs: train(self, *args, cbs=[*cbs, Watch()], **kwargs))
     run(tmp_path, *small, *digits, '--train-kwargs', '{"bs": 8}')
     assert len(starts)==2 and all(torch.equal(a, b) for a,b in zip(*starts))
     assert seen[0]==seen[1]
@@ -203,7 +203,7 @@ def test_a_loss_that_is_no_number_is_no_result(tmp_path):
     ([*small,'--data','digits','--optim-level','-0.1'], 'from 0 to 1'),
     ([*small,'--data','digits','--optim-level','nan'], 'from 0 to 1'),
     ([*small,'--data','digits','--optim-level','high'], "got 'high'"),
-    ([*small,*digits,'--target','gpu'], "target 'gpu' is not known, accepted: any, onnxruntime"),
+    ([*small,*digits,'--target','tpu'], "target 'tpu' is not known, accepted: any, onnxruntime, gpu"),
     ([*small,'--data','digitz'], "did you mean 'digits'?"),
     ([*small,'--data','/no/such/folder'], '/no/such/folder: no such folder'),
     ([*small,'--data',__file__], 'this is a file'),

@@ -117,7 +117,7 @@ def made(request, bert, data, tmp_path_factory):
 def test_the_command_writes_everything(made):
     case,folder = made
     assert folder.name.startswith(f'training_aware_{case}_')
-    assert {o.name for o in folder.iterdir()}=={'deployed.csv','history.csv','learner.pkl','metrics.csv','model','model.onnx','model.pth','recipe.yaml','report.html'}
+    assert {o.name for o in folder.iterdir()}=={'command.json','deployed.csv','history.csv','learner.pkl','logs','metrics.csv','metrics.json','model','model.onnx','model.pth','recipe.yaml','report.html'}
     dense,sparse = rows(folder)
     assert list(dense)[1]==columns[case][0] and float(sparse['sparsity'])==pytest.approx(.7, abs=1e-3) and float(dense['sparsity'])<.01
     assert 'Traceback' not in (folder/'report.html').read_text()

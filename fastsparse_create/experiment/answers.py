@@ -184,7 +184,7 @@ class AnswerMetric(Metric):
         found = best_answers(self.logits, self.windows)
         return sum(max(score(text, t) for t in self.windows.questions[q].answers or ['']) for q,text in found.items())/len(found)
 
-# %% ../../nbs/41f_experiment.answers.ipynb #43eae56f
+# %% ../../nbs/41f_experiment.answers.ipynb #32978945
 _auto = 'AutoModelForQuestionAnswering'
 _question_names,_context_names,_answer_names = ('question','query'),('context','passage','text','document','paragraph'),('answers','answer','answer_text')
 
@@ -223,4 +223,4 @@ def _use(exp):
 
 question_answering = language_case('question_answering', ('qa','nlp_question_answering','nlp_qa','squad'), options=AnswerOptions,
     metrics={n:partial(AnswerMetric, n) for n in ('f1','exact_match')}, load=partial(load_records, readers=answer_readers), prepare=prepare_answers, model=partial(language_network, auto=_auto),
-    loss=lambda: answer_loss, facts=_facts, saved=partial(language_saved, auto=_auto), predictions=_predictions, use=_use, unit='question')
+    loss=lambda: answer_loss, facts=_facts, saved=partial(language_saved, auto=_auto), predictions=_predictions, use=_use, unit='question', teaches=False)

@@ -322,7 +322,7 @@ def _saved(data, o): return {'classes':list(data.classes), 'size':list(_size(dat
 
 def _build(saved): return detector(saved['arch'], len(saved['classes']), tuple(saved['size']))
 
-# %% ../../nbs/41c_experiment.detection.ipynb #e0d58b3d
+# %% ../../nbs/41c_experiment.detection.ipynb #7449797a
 def plot_detections(learn, # A `Learner` of a `Detector`
                     classes:list, # Names of the classes
                     n:int=4, # Images
@@ -366,4 +366,4 @@ objects = load_model('model.pth').detect(dict(zip(names, map(torch.from_numpy, n
 object_detection = UseCase('object_detection', ('od','detection','cv_detection','yolo'), DetectionOptions,
     metrics={'mAP':partial(CocoMetric, 'mAP', 0), 'mAP_50':partial(CocoMetric, 'mAP_50', 1), 'recall':partial(CocoMetric, 'recall', 8)},
     load=_load, dls=detection_dls, model=_model, loss=noop, facts=_facts, saved=_saved, build=_build, learner=_learner, exported=operator.attrgetter('exported'), runner=FileDetector,
-    predictions=_predictions, use=_use)
+    predictions=_predictions, use=_use, teaches=False)

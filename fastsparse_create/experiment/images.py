@@ -17,7 +17,7 @@ from .tables import *
 from .use_case import *
 from .use_case import _number
 
-# %% ../../nbs/41b0_experiment.images.ipynb #87e28cb9
+# %% ../../nbs/41b0_experiment.images.ipynb #5995939f
 @dataclass(frozen=True)
 class ImageOptions(TableOptions):
     "Options of networks that classify images"
@@ -29,6 +29,7 @@ class ImageOptions(TableOptions):
     workers:int = _number(None, 0) # Processes that read images
     pretrained:bool = False # Download pretrained weights?
     arch:str = None # Network whose weights a `.pth` holds that doesn't say it
+    new_head:bool = False # Replace the last layer of a `.pth` that was trained for other classes?
 
 @dataclass(frozen=True)
 class SingleLabelOptions(ImageOptions):
@@ -60,10 +61,10 @@ def _multi_label(data, name, o): return multi_label_images(data, o, o.label_deli
 
 def _dls(data, o): return image_dls(data, o.size, o.bs, o.augment, o.workers)
 
-# %% ../../nbs/41b0_experiment.images.ipynb #b37262ad
+# %% ../../nbs/41b0_experiment.images.ipynb #dcfcde21
 def _model(name, data, o):
     n_out,size = len(data.classes),o.size or data.size
-    model = create_model(name, n_out, o.pretrained, o.arch)
+    model = create_model(name, n_out, o.pretrained, o.arch, new_head=o.new_head)
     check_outputs(model, torch.zeros(2, 3, size, size), n_out)
     return model
 
@@ -91,7 +92,7 @@ image_classification = _case('image_classification', ('ic','classification','cv_
              'precision':partial(Precision, average='macro'), 'error_rate':lambda: error_rate},
     load=_load, prepare=_single_label, loss=CrossEntropyLossFlat)
 
-# %% ../../nbs/41b0_experiment.images.ipynb #815f0273
+# %% ../../nbs/41b0_experiment.images.ipynb #9e8d6837
 _use_onnx = use_onnx.replace('outputs, =', 'logits, =')+"""
 found = logits>0  # a row for each image, a column for each class
 # {names}"""
@@ -122,4 +123,4 @@ def _predictions(exp):
 
 multilabel_classification = _case('multilabel_classification', ('multilabel_image_classification','cv_multilabel_classification'), MultiLabelOptions,
     metrics={'accuracy_multi':lambda: accuracy_multi, 'f1':F1ScoreMulti, 'recall':RecallMulti, 'precision':PrecisionMulti},
-    load=_load_multi_label, prepare=_multi_label, loss=BCEWithLogitsLossFlat, predictions=_predictions, use=_use)
+    load=_load_multi_label, prepare=_multi_label, loss=BCEWithLogitsLossFlat, predictions=_predictions, use=_use, teaches=False)

@@ -57,7 +57,7 @@ def _from_name(name, n_out, pretrained=False):
 
 def _first_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0]
 
-# %% ../../nbs/41_experiment.models.ipynb #00bd8461
+# %% ../../nbs/41_experiment.models.ipynb #0b7e8be7
 def _read_weights(file):
     "The content of a file of weights, as a dict with the state dict in `model`"
     if not file.exists(): raise FileNotFoundError(f"{file}: no such file")
@@ -83,27 +83,38 @@ def _need_arch(file, arch):
     if arch is None: raise ValueError(f"{file}: doesn't say of which network it holds the weights; name it, as arch")
     return arch
 
-def _load_weights(file, arch, n_out, make):
+def _load_weights(file, arch, n_out, make, new_head):
     saved = _read_weights(file)
-    arch = _need_arch(file, arch or saved.get('arch'))
-    return dequantize_(_fill(make(arch, n_out), file, saved, f'{arch!r} with {n_out} classes'))
+    arch,n_saved = _need_arch(file, arch or saved.get('arch')),len(saved.get('classes', range(n_out)))
+    if not new_head or n_saved==n_out: return dequantize_(_fill(make(arch, n_out), file, saved, f'{arch!r} with {n_out} classes'))
+    model = dequantize_(_fill(make(arch, n_saved), file, saved, f'{arch!r} with {n_saved} classes'))
+    return _with_head_of(make(arch, n_out), model, make(arch, n_saved).state_dict())
+
+def _with_head_of(new, model, shapes):
+    "`model`, with fresh layers in place of those that are made for other classes: their sizes in `new` aren't those in `shapes`"
+    for name in dict.fromkeys(k.rpartition('.')[0] for k,v in new.state_dict().items() if shapes[k].shape!=v.shape):
+        fresh,old = new.get_submodule(name),model.get_submodule(name)
+        if isinstance(fresh, nn.Linear) and fresh.in_features!=old.in_features: fresh = nn.Linear(old.in_features, fresh.out_features, fresh.bias is not None)  # it was thinned
+        model.set_submodule(name, fresh)
+    return model
 
 def _load_pickle(file):
     if not file.exists(): raise FileNotFoundError(f"{file}: no such file")
     try: return dequantize_(make_permanent(load_learner(file).model))
     except Exception as e: raise ValueError(f"{file}: no Learner that can be loaded: {_first_line(e)}") from e
 
-# %% ../../nbs/41_experiment.models.ipynb #0e66a43f
+# %% ../../nbs/41_experiment.models.ipynb #863aa378
 def create_model(name:str, # A name of fastai's, torchvision's or timm's, or a file `.pth` or `.pkl`
                  n_out:int, # Number of classes
                  pretrained:bool=False, # Download weights?
                  arch:str=None, # Name of the network whose weights are in a `.pth` that doesn't say it
                  make=None, # `(name, n_out, pretrained)` -> network; default: a classifier of fastai's, torchvision's or timm's
+                 new_head:bool=False, # Replace the last layer of a `.pth` that was trained for other classes?
                 )->nn.Module:
     "A network for `n_out` classes; `ValueError` or `OSError` if there is none"
     file,make = Path(name).expanduser(),make or _from_name
     if file.suffix=='.pkl': return _load_pickle(file)
-    if file.suffix in ('.pth','.pt'): return _load_weights(file, arch, n_out, partial(make, pretrained=False))
+    if file.suffix in ('.pth','.pt'): return _load_weights(file, arch, n_out, partial(make, pretrained=False), new_head)
     return make(name, n_out, pretrained)
 
 def arch_name(name:str, # As for `create_model`

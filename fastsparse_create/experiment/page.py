@@ -6,15 +6,13 @@
 __all__ = ['use_weights', 'use_onnx', 'use_learner', 'html_page', 'html_table', 'html_figure', 'html_section', 'html_details',
            'html_code', 'show_predictions', 'experiment_page']
 
-# %% ../../nbs/43_experiment.page.ipynb #54af4863
-import base64,io,platform
+# %% ../../nbs/43_experiment.page.ipynb #b6cbd915
+import base64,io
 from datetime import datetime
 from html import escape
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator,PercentFormatter
 from fastai.basics import *
-from fastai import __version__ as fastai_version
-from .. import __version__
 from ..plots import *
 from ..report import *
 from ..report import human
@@ -86,7 +84,7 @@ def html_details(summary:str, # Plain text
 
 def html_code(text:str)->str: return f'<pre>{escape(text)}</pre>'
 
-# %% ../../nbs/43_experiment.page.ipynb #91ed9cb5
+# %% ../../nbs/43_experiment.page.ipynb #c862ce9d
 def _percent(v): return f'{v:.2%}'
 def _points(a, b): return f'{(b-a)*100:+.2f} points'.replace('-', '−')
 def _time(s): return f'{s:.0f} s' if s<120 else f'{s/60:.1f} min'
@@ -100,7 +98,7 @@ def _lead(exp):
     how = {'sparse':f"{_percent(sparse['sparsity'])} of the weights in the pruned layers are zero.", 'quantized':"The weights and activations are rounded to 8-bit integers.",
            'thinned':f"{sparse['flops']/dense['flops']:.0%} of the FLOPs are left, {sparse['parameters']/dense['parameters']:.0%} of the parameters."}
     return (f"{how[sparse['model']]} The {sparse['model']} model reaches {_percent(sparse[exp.metric])} {m}, "
-            f"the dense one {_percent(dense[exp.metric])} after as many epochs.")
+            f"the dense one {_percent(dense[exp.metric])}{' after as many epochs' if exp.epochs else ''}.")
 
 def _cards(exp):
     dense,last = exp.metrics.iloc[0],exp.metrics.iloc[-1]
@@ -128,14 +126,10 @@ def _deployed(exp):
             '<p class="soft">Measured on the files themselves, in turn on this machine. CPU time, median; speed against the dense model in PyTorch.</p>']
 
 def _facts(exp):
-    device = str(one_param(exp.learn.model).device)
-    run = {'Command':exp.command or 'called from Python', 'Model':exp.model, **exp.case.facts(exp.data, exp.options), 'Epochs':f'{exp.epochs} for each training',
-           'Optim level':f'{exp.optim_level:g}', 'Options':', '.join(f'{k} {v}' for k,v in vars(exp.options).items() if v is not None and v is not False), 'Seed':str(exp.seed), 'Device':device,
-           'Versions':f'fastsparse_create {__version__}, fastai {fastai_version}, PyTorch {torch.__version__}, Python {platform.python_version()}',
-           'Date':datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z')}
-    return html_table(run.items(), cls='plain facts')
+    rows = {**exp.facts, 'Device':str(one_param(exp.learn.model).device), 'Date':datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z')}
+    return html_table(rows.items(), cls='plain facts')
 
-# %% ../../nbs/43_experiment.page.ipynb #44537503
+# %% ../../nbs/43_experiment.page.ipynb #f34b092e
 def _plot_history(exp):
     fig,axs = plt.subplots(1, 2, figsize=(9,3), layout='constrained')
     for ax,column in zip(axs, ['valid_loss', exp.runs[0].history.columns[4]]):
@@ -206,8 +200,8 @@ def experiment_page(exp, # A `TrainingAware` that has run
         *(f'<p class="remark">{escape(r)}</p>' for r in exp.remarks), _cards(exp),
         html_section(f'Dense and {exp.runs[-1].name}' if len(exp.runs)>1 else 'The dense model', _comparison(exp)),
         *([html_section('As a file', *_deployed(exp))] if exp.deployed is not None else []),
-        html_section('Training', *_training(exp)),
+        *([html_section('Training', *_training(exp))] if exp.runs[0].history is not None else []),
         *([html_section('Where the zeros are', *_zeros(exp))] if exp.runs[-1].name=='sparse' else []),
         html_section('Predictions', _predictions(exp)),
         html_section('Use the model', html_code('\n\n'.join(_use(exp)))),
-        html_section('What was run', _facts(exp), html_details('The recipe', html_code(exp.recipe_text))))
+        html_section('What was run', _facts(exp), *([html_details('The recipe', html_code(exp.recipe_text))] if exp.recipe_text else [])))

@@ -13,7 +13,7 @@ from importlib import import_module
 from fastai.basics import *
 from .models import *
 
-# %% ../../nbs/41a_experiment.use_case.ipynb #08df8088
+# %% ../../nbs/41a_experiment.use_case.ipynb #d61740ee
 use_cases = {}
 
 def batch_inputs(dls:DataLoaders,
@@ -49,6 +49,7 @@ class UseCase:
     use:callable = None # `(experiment)` -> lines of code that use the files, for the report; default: those of images
     extra:callable = noop # `(experiment, folder)` writes more files
     unit:str = 'image' # What one example is called
+    teaches:bool = True # Are the outputs classes, so that a student can learn from a teacher's?
 
     def __post_init__(self): use_cases[self.name] = self
 

@@ -1,0 +1,161 @@
+"Runs that are interrupted, run out of memory, learn from a teacher, take sparse models over or never train"
+import json,os,signal,subprocess,sys,time
+import pytest
+from fastai.vision.all import Callback,Learner,Path,nn,torch
+from commands import *
+from fastsparse_create.cli import main
+from fastsparse_create.experiment import training_aware as aware
+from fastsparse_create.experiment.models import *
+from fastsparse_create.experiment.one_shot import *
+from fastsparse_create.experiment.training_aware import *
+from fastsparse_create.masking import measured_sparsity
+from fastsparse_create.quantization.convert import is_quantized
+from fastsparse_create.selection import prunable
+
+small = '--use-case ic --model squeezenet1_1 --data digits --train-samples 40 --val-samples 20 --train-kwargs {"bs":8}'.split()
+kwargs = dict(use_case='ic', model='squeezenet1_1', data='digits', train_samples=40, val_samples=20, train_kwargs={'bs':8})
+
+def same_results(a, b):
+    x,y = (load_model(f/'model.pth').state_dict() for f in (a,b))
+    return all(torch.equal(x[k], y[k]) for k in x) and [{k:v for k,v in r.items() if k!='seconds'} for r in rows(a)]==[{k:v for k,v in r.items() if k!='seconds'} for r in rows(b)]
+
+class Stopped(Exception): pass
+
+def stop_at(monkeypatch, run, epoch, error=Stopped('stopped')):
+    "The training number `run` is interrupted in its epoch `epoch`"
+    fit,fits = Learner.fit_recipe,[]
+    class Stop(Callback):
+        def before_batch(self):
+            if self.training and len(fits)==run and self.learn.epoch==epoch and self.iter==2: raise error
+    def fit_recipe(self, *args, cbs=(), **kwargs):
+        fits.append(1)
+        fit(self, *args, cbs=[*cbs, Stop()], **kwargs)
+    monkeypatch.setattr(Learner, 'fit_recipe', fit_recipe)
+
+# interruptions
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr('fastsparse_create.experiment.core.experiment_page', lambda exp: '')
+        m.setattr('fastsparse_create.experiment.core.Experiment._deploy', lambda self, out: __import__('pandas').DataFrame([{'what':'nothing'}]))
+        return TrainingAware(**kwargs, epochs=3, working_dir=tmp_path_factory.mktemp('whole')).run(show_bar=False).folder
+
+@pytest.mark.parametrize('at', [(1,1),(2,1),(2,2)])
+def test_resume_ends_as_the_whole(at, whole, tmp_path, monkeypatch, quick, capsys):
+    with monkeypatch.context() as m:
+        stop_at(m, *at)
+        with pytest.raises(Stopped): TrainingAware(**kwargs, epochs=3, working_dir=tmp_path).run(show_bar=False)
+    folder, = tmp_path.iterdir()
+    assert folder.name.endswith('_incomplete') and {'arguments.json','checkpoints'}<={f.name for f in folder.iterdir()}
+    assert main(['training-aware', '--resume', str(folder)])==0
+    done, = tmp_path.iterdir()
+    assert done.name==folder.name.removesuffix('_incomplete') and same_results(done, whole)
+    assert not {'arguments.json','checkpoints'}&{f.name for f in done.iterdir()}
+    assert 'went on from a checkpoint' in capsys.readouterr().out
+
+def test_nothing_is_left_of_what_had_no_checkpoint(tmp_path, monkeypatch):
+    stop_at(monkeypatch, 1, 0)
+    with pytest.raises(Stopped): TrainingAware(**kwargs, epochs=2, working_dir=tmp_path).run(show_bar=False)
+    assert not list(tmp_path.iterdir())
+
+def test_ctrl_c_leaves_a_checkpoint(tmp_path):
+    code = 'import sys,signal; signal.signal(signal.SIGINT, signal.default_int_handler); from fastsparse_create.cli import main; sys.exit(main())'
+    p = subprocess.Popen([sys.executable, '-u', '-W', 'ignore', '-c', code, 'training-aware', *small, '--epochs', '50', '--working-dir', str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    for line in p.stderr:
+        if line.startswith('epoch 0'): break
+    p.send_signal(signal.SIGINT)
+    said = p.stderr.read()
+    assert p.wait()==1 and 'Stopping after this batch' in said and '--resume' in said and 'Traceback' not in said
+    folder, = tmp_path.iterdir()
+    assert len(list(folder.glob('checkpoints/dense/*.pth')))==1
+
+@pytest.mark.parametrize('spoil,said', [(lambda f: (f/'arguments.json').unlink(), 'is no folder of an interrupted'), (lambda f: (f/'arguments.json').write_text('{'), 'is damaged'), (lambda f: (f/'arguments.json').write_text('{"a": 1}'), 'is damaged')])
+def test_resume_of_something_else(spoil, said, tmp_path, capsys):
+    (tmp_path/'arguments.json').write_text('{}')
+    spoil(tmp_path)
+    assert said in refused(capsys, '--resume', tmp_path)
+
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, quick, caplog):
+    def fail(*args, **kwargs): raise OSError(28, 'No space left on device', str(tmp_path/'x'))
+    monkeypatch.setattr('fastsparse_create.experiment.core.save_model', fail)
+    assert main(['training-aware', *small, '--epochs', '1', '--working-dir', str(tmp_path)])==1
+    assert f'No space left on device: {tmp_path}' in caplog.text
+    folder, = tmp_path.iterdir()
+    assert folder.name.endswith('_incomplete') and (folder/'checkpoints').exists()
+
+# memory
+
+def test_batches_that_are_too_large_are_halved(tmp_path, monkeypatch, quick, caplog):
+    forward = nn.CrossEntropyLoss.forward
+    def heavy(self, pred, target):
+        if pred.requires_grad and len(pred)>4: raise RuntimeError('[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can\'t allocate memory: you tried to allocate 9 bytes')
+        return forward(self, pred, target)
+    monkeypatch.setattr(nn.CrossEntropyLoss, 'forward', heavy)
+    exp = TrainingAware(**kwargs, epochs=1, working_dir=tmp_path).run(show_bar=False)
+    assert exp.options.bs==4 and 'batch size of 4' in caplog.text and 'bs 4' in exp.facts['Options'] and len(exp.metrics)==2
+
+def test_other_errors_are_not_about_memory(tmp_path, monkeypatch):
+    stop_at(monkeypatch, 1, 0, RuntimeError('something else'))
+    with pytest.raises(RuntimeError, match='something else'): TrainingAware(**kwargs, epochs=1, working_dir=tmp_path).run(show_bar=False)
+
+# teachers
+
+def test_teachers(tmp_path, quick, capsys):
+    own = run(tmp_path/'own', *small, '--epochs', '2', '--teacher', 'self')
+    assert 'DistillationModifier' in (own/'recipe.yaml').read_text()
+    none = run(tmp_path/'none', *small, '--epochs', '2')
+    assert rows(own)[0]['loss']==rows(none)[0]['loss'] and rows(own)[1]['loss']!=rows(none)[1]['loss']
+    other = run(tmp_path/'other', *small, '--epochs', '2', '--teacher', none/'model.pth')
+    assert rows(other)[1]['loss'] not in (rows(own)[1]['loss'],rows(none)[1]['loss'])
+    assert '/nowhere.pth: no such file' in refused(capsys, *small, '--teacher', '/nowhere.pth')
+    recipe = tmp_path/'r.yaml'
+    recipe.write_text('modifiers:\n  - !ConstantPruningModifier\n      end_epoch: 2\n')
+    assert 'add a DistillationModifier' in refused(capsys, *small, '--recipe', recipe, '--teacher', 'self')
+
+# other commands
+
+def test_sparse_transfer_holds_the_zeros(whole, tmp_path, quick, capsys):
+    folder = run(tmp_path, *small, '--model', whole/'model.pth', '--epochs', '1', command='sparse-transfer')
+    before,after = (load_model(f/'model.pth') for f in (whole,folder))
+    zeros = {n:p.param==0 for n,p in prunable(before).items()}
+    assert folder.name.startswith('sparse_transfer_') and is_quantized(after)
+    assert all((p.param[zeros[n]]==0).all() for n,p in prunable(after).items())
+    assert 'there is nothing to hold' in refused(capsys, *small, command='sparse-transfer')
+
+def test_sparse_transfer_to_other_classes(whole, tmp_path, quick):
+    data = tmp_path/'data'
+    from test_cli import make_images
+    for i,c in enumerate('abc'): make_images(data/c, 10, 100*i)
+    folder = run(tmp_path/'out', *small, '--model', whole/'model.pth', '--data', data, '--epochs', '1', command='sparse-transfer')
+    model = load_model(folder/'model.pth')
+    assert torch.load(folder/'model.pth', weights_only=True)['classes']==['a','b','c'] and model(torch.zeros(1,3,32,32)).shape==(1,3)
+    assert measured_sparsity(model, ['re:features'])==pytest.approx(.7, abs=.01)
+
+def test_one_shot_prunes_without_training(whole, tmp_path, capsys):
+    folder = run(tmp_path, *small, '--model', whole/'model.pth', '--optim-level', '1', command='one-shot')
+    dense,sparse = rows(folder)
+    assert folder.name.startswith('one_shot_') and sparse['epochs']=='0' and float(sparse['sparsity'])==pytest.approx(.8, abs=1e-3)
+    assert {'model.onnx','model.pth','report.html','metrics.json','command.json'}<={f.name for f in folder.iterdir()} and not (folder/'history.csv').exists()
+    assert 'Training</h2>' not in (folder/'report.html').read_text()
+    assert 'is not trained' in refused(capsys, *small, command='one-shot')
+    assert 'takes training' in refused(capsys, *small, '--model', whole/'model.pth', '--target', 'onnxruntime', command='one-shot')
+    assert 'unrecognized arguments: --epochs' in refused(capsys, *small, '--epochs', '1', command='one-shot')
+
+def test_two_of_four_for_gpus(tmp_path, quick):
+    folder = run(tmp_path, *small, '--epochs', '1', '--target', 'gpu')
+    model = load_model(folder/'model.pth')
+    fitting = [p.param for p in prunable(model).values() if p.param.shape[1]%4==0]
+    assert fitting and all(((w.movedim(1,-1).unflatten(-1, (-1,4))!=0).sum(-1)<=2).all() for w in fitting) and float(rows(folder)[1]['sparsity'])==pytest.approx(.5, abs=1e-3)
+
+def test_quiet_says_where_the_results_are(tmp_path, quick, capsys):
+    folder = run(tmp_path, *small, '--epochs', '1', '--quiet')
+    assert capsys.readouterr().out.strip()==str(folder/'report.html')
+
+def test_help_is_quick_and_complete(capsys):
+    for command in ('training-aware','one-shot','sparse-transfer'):
+        with pytest.raises(SystemExit) as e: main([command, '--help'])
+        text = capsys.readouterr().out
+        assert e.value.code==0 and all(o in text for o in ('--use-case','--optim-level','--target','--quiet','Exit codes: 0'))
+    code = "import sys\nfrom fastsparse_create.cli import main\ntry: main(['training-aware','--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'fastai' not in sys.modules"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True).returncode==0
