@@ -16,7 +16,7 @@ from .masks.structured import *
 from .masks.nm import *
 from .selection import *
 
-# %% ../nbs/15_sparsify.ipynb #fd3413ca
+# %% ../nbs/15_sparsify.ipynb #c8d347c3
 class MaskHook:
     "Keeps the mask of one parameter enforced until `remove` is called"
     def __init__(self, model, param): self.model,self.param = model,param
@@ -42,7 +42,7 @@ def sparsify_model(model, # Model, or `Learner`
     calculator = get_mask_type(mask_type)
     names = fitting_params(model, params, calculator)
     sites = list(select(model, names).values())
-    sparsities = _sparsities(sparse_init_f, sites, sparsity)
+    sparsities = layer_sparsities(sparse_init_f, {s.name:s.param for s in sites}, sparsity)
     masks = [outputs_first(s, calculator(outputs_first(s, criterion(s.param, generator=seeded(seed, 'mask', s.name))), share)) for s,share in zip(sites, sparsities)]
     masked = attach_masks(model, names, enforce=enforce_masks)
     for p,mask in zip(masked, masks):
@@ -50,15 +50,6 @@ def sparsify_model(model, # Model, or `Learner`
         if reinit: sparse_kaiming_(p.param, mask, seeded(seed, 'weight', p.name), output_dim=int(outputs_first(p, mask) is not mask))
     if learn is not None: _enforce_in(learn, masked)
     return [MaskHook(model, p) for p in masked] if enforce_masks else []
-
-def _sparsities(sparse_init_f, sites, sparsity):
-    n_zeros(1, sparsity)
-    sparsities = list(sparse_init_f([s.param for s in sites], sparsity))
-    name = getattr(sparse_init_f, '__name__', repr(sparse_init_f))
-    if len(sparsities)!=len(sites): raise ValueError(f"sparse_init_f: {name} gave {len(sparsities)} sparsities for {len(sites)} parameters")
-    for site,s in zip(sites, sparsities):
-        if not 0<=s<=1: raise ValueError(f"sparse_init_f: {name} gave {site.name!r} a sparsity of {s}, which is not in [0,1]")
-    return sparsities
 
 def _enforce_in(learn, params):
     MaskEnforcer.ensure(learn)
