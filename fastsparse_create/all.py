@@ -25,6 +25,7 @@ from .callback.powerpropagation import *
 from .callback.distillation import *
 from .callback.checkpoint import *
 from .sparsify import *
+from .one_shot import *
 from .sparse.linear import *
 from .asp import *
 from .recipe.expression import RecipeError
