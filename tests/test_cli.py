@@ -177,7 +177,7 @@ def test_a_trained_model_is_a_start(made, images, tmp_path, quick):
     for kind in ('pth','pkl'):
         exp = TrainingAware('ic', str(made/('model.pth' if kind=='pth' else 'learner.pkl')), str(images), working_dir=tmp_path/kind)
         state = load_model(made/'model.pth').state_dict()
-        assert all(torch.equal(v, state[k]) for k,v in exp._network().state_dict().items()) and not is_quantized(exp._network())
+        assert all(torch.equal(v, state[k]) for k,v in exp.network().state_dict().items()) and not is_quantized(exp.network())
         assert exp.arch==('squeezenet1_1' if kind=='pth' else None)
 
 def test_what_is_incomplete_says_so(tmp_path, monkeypatch):
