@@ -62,7 +62,7 @@ def test_a_trained_detector_is_a_start(made, objects, tmp_path):
     for f in ('model.pth','learner.pkl'):
         exp = TrainingAware('od', str(made/f), str(objects), working_dir=tmp_path, train_kwargs={'bs':4, 'size':96})
         state = load_model(made/'model.pth').state_dict()
-        assert all(torch.equal(v, state[k]) for k,v in exp._network().state_dict().items())
+        assert all(torch.equal(v, state[k]) for k,v in exp.network().state_dict().items())
 
 @pytest.mark.parametrize('name', ['retinanet_resnet50_fpn','fcos_resnet50_fpn','ssd300_vgg16','fasterrcnn_mobilenet_v3_large_320_fpn'])
 def test_other_detectors_learn_and_find(name):

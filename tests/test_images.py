@@ -90,7 +90,7 @@ def test_a_multi_label_model_is_a_start(made, root, tmp_path):
     for name in ('model.pth','learner.pkl'):
         exp = TrainingAware('multilabel_classification', str(made/name), str(root/'bits.csv'), working_dir=tmp_path, train_kwargs={'bs':8})
         state = load_model(made/'model.pth').state_dict()
-        assert all(torch.equal(v, state[k]) for k,v in exp._network().state_dict().items())
+        assert all(torch.equal(v, state[k]) for k,v in exp.network().state_dict().items())
 
 @pytest.mark.parametrize('metric', ['recall','precision'])
 def test_metrics_of_several_labels(metric, root, tmp_path, quick):
