@@ -91,8 +91,7 @@ def main(argv:list=None, # Arguments; default: those of the process
     if resume is None:
         missing = [f'--{n}' for n in ('use-case','model','data') if args[n.replace('-', '_')] is None]
         if missing: parser.error(f"the following arguments are required: {', '.join(missing)}")
-    logging.basicConfig(level=logging.INFO, format='%(message)s')
-    if quiet: logging.getLogger().setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format='%(message)s')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # fastai's and torch's, about their own code
         try: experiment = _experiment(command, {**args, 'command':shlex.join(['fastsparse.run', *argv])}, resume)

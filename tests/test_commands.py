@@ -1,5 +1,5 @@
 "Runs that are interrupted, run out of memory, learn from a teacher, take sparse models over or never train"
-import json,os,signal,subprocess,sys,time
+import json,logging,os,signal,subprocess,sys,time
 import pytest
 from fastai.vision.all import Callback,Learner,Path,nn,torch
 from commands import *
@@ -149,8 +149,10 @@ def test_two_of_four_for_gpus(tmp_path, quick):
     assert fitting and all(((w.movedim(1,-1).unflatten(-1, (-1,4))!=0).sum(-1)<=2).all() for w in fitting) and float(rows(folder)[1]['sparsity'])==pytest.approx(.5, abs=1e-3)
 
 def test_quiet_says_where_the_results_are(tmp_path, quick, capsys):
+    before = logging.getLogger().level
     folder = run(tmp_path, *small, '--epochs', '1', '--quiet')
     assert capsys.readouterr().out.strip()==str(folder/'report.html')
+    assert logging.getLogger().level==before, "who configured logging before keeps it"
 
 def test_help_is_quick_and_complete(capsys):
     for command in ('training-aware','one-shot','sparse-transfer'):
