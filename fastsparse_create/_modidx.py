@@ -2564,7 +2564,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                             'fastsparse_create/least_squares.py'),
                                                  'fastsparse_create.least_squares.LeastSquares.refit': ( 'least_squares.html#leastsquares.refit',
                                                                                                          'fastsparse_create/least_squares.py'),
-                                                 'fastsparse_create.least_squares.LeastSquares.search': ( 'least_squares.html#leastsquares.search',
+                                                 'fastsparse_create.least_squares.LeastSquares.sparse': ( 'least_squares.html#leastsquares.sparse',
                                                                                                           'fastsparse_create/least_squares.py'),
                                                  'fastsparse_create.least_squares.Moments': ( 'least_squares.html#moments',
                                                                                               'fastsparse_create/least_squares.py'),

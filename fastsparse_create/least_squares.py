@@ -64,14 +64,14 @@ class Moments:
         self._yx,self._y = weight@self._xx,(weight@self._x[...,None])[...,0]
         self._yy = (self._yx*weight).sum(2)
 
-# %% ../nbs/04b_least_squares.ipynb #a577c110
+# %% ../nbs/04b_least_squares.ipynb #7759a3a1
 _constant,_unseen,_eps = 1e-10,1e-6,torch.finfo(torch.float32).eps
 _step,_rounds,_growing = .3,30,20
-_most,_enough = 100,1e-5
+_most,_enough = 100,1e-4
 
 def _dot(a, b): return (a*b).sum(-1, keepdim=True)
 
-def _ratio(a, b): return a/b.clamp(min=torch.finfo(b.dtype).tiny)
+def _ratio(a, b): return torch.where(b>_eps*a, a/b, 0.)
 
 class LeastSquares:
     "Sparse weights that give the targets best, computed in units in which all inputs vary equally"
@@ -80,12 +80,14 @@ class LeastSquares:
                  weight:Tensor, # `[groups, outputs, inputs]`: what weights are without a reason to be different
                  damp:float=.05, # Noise of the inputs, as a share of their mean variance
                 ):
-        xx,yx,_ = moments.products()
+        xx,yx,yy = moments.products()
         variance = xx.diagonal(dim1=1, dim2=2)
         self.live = (variance>_constant*variance.amax()).any(0).nonzero().squeeze(1)
-        noise = damp*variance[:,self.live].mean(1)[:,None,None]
+        rounding = 8*len(self.live)*torch.finfo(xx.dtype).eps  # with less, what rounding leaves of a singular matrix would be fitted
+        noise = max(damp, rounding)*variance[:,self.live].mean(1)[:,None,None]
         self._unit = (variance[:,None,self.live]+noise).sqrt().clamp(min=_eps*float(variance.max())**.5)
         self.weight,self._w = weight,weight[...,self.live]*self._unit
+        self._all = yy.sum()+(noise*weight[...,self.live].square()).sum()
         self._t = (yx[...,self.live]+noise*weight[...,self.live])/self._unit
         self._h = xx[:,self.live][...,self.live]/self._unit/self._unit.mT
         self._h.diagonal(dim1=1, dim2=2).add_((noise/self._unit.square())[:,0])
@@ -93,29 +95,32 @@ class LeastSquares:
 
     def refit(self,
               mask:Tensor, # Boolean, `[groups, outputs, inputs]`
+              start:Tensor=None, # Weights to begin with, in the units of this class; default: those that were given
              )->Tensor: # `[groups, outputs, inputs]`, 0 where the mask is False
         "The best weights behind a mask"
         kept = mask[...,self.live]
-        w = self._w*kept
+        w = (self._w if start is None else start)*kept
         left = (self._t-w@self._h)*kept
-        enough,direction,now = _enough*(self._t*kept).norm(),left,_dot(left, left)
+        missed,direction,now = self._all-(w*(self._t+left)).sum(),left,_dot(left, left)
         for _ in range(_most):
-            if left.norm()<=enough: break
             pull = (direction@self._h)*kept
             stride = _ratio(now, _dot(direction, pull))
             w,left = w+stride*direction,left-stride*pull
+            gain = (stride*now).sum()
+            missed = missed-gain
+            if gain<=_enough*torch.maximum(missed, 1e-6*self._all): break
             now,before = _dot(left, left),now
             direction = left+_ratio(now, before)*direction
         res = self.weight*mask
         res[...,self.live] = w/self._unit
         return res
 
-    def search(self,
+    def sparse(self,
                choose, # `(scores, sparsity) -> mask`, of shape `[groups, outputs, inputs]`
                sparsity:float, # In [0,1]
                allowed:Tensor=None, # Boolean: weights outside go first
-              )->Tensor: # Boolean
-        "A mask whose best weights miss little"
+              )->tuple: # Weights and mask
+        "A mask whose best weights miss little, and these"
         def chosen(w, share):
             scores = self._unseen.clone()
             scores[...,self.live] = w.square()
@@ -126,4 +131,5 @@ class LeastSquares:
             z = (w+u)*chosen(w+u, sparsity*(1-(1-min(1, (i+1)/_growing))**3))[...,self.live]
             u = u+w-z
             w = (self._t+_step*(z-u))@inverse
-        return chosen(w+u, sparsity)
+        mask = chosen(w+u, sparsity)
+        return self.refit(mask if allowed is None else mask&allowed, w),mask

@@ -120,7 +120,7 @@ def _attention_in_parts(*models):
         for m in held: m.__class__ = nn.MultiheadAttention
         for m in held: del m.scheme
 
-# %% ../nbs/09i_one_shot.ipynb #26e4d7dc
+# %% ../nbs/09i_one_shot.ipynb #7afc43bc
 @dataclass
 class OneShotRow:
     "A weight in the report of `prune_one_shot_`"
@@ -192,8 +192,7 @@ class _OneShot:
         if moments.error(weight)>1: moments.follow(weight)  # inputs that come in another order than in the dense model
         had = _by_group(site, self.had[name]) if name in self.had else torch.ones_like(weight, dtype=torch.bool)
         fit = LeastSquares(moments, weight, self.damp)
-        mask = fit.search(lambda scores,share: self.calculator(scores.reshape(shape), share).reshape(scores.shape), self.shares[name], had)
-        fitted = fit.refit(mask & had)
+        fitted,mask = fit.sparse(lambda scores,share: self.calculator(scores.reshape(shape), share).reshape(scores.shape), self.shares[name], had)
         if m := self._biased(name): self._set(_bias(m), _bias(self.twins[m]), _bias(m)+moments.bias(fitted).flatten())
         self._put(name, _as_weight(site, fitted), _as_weight(site, mask), moments.error(fitted), 'fitted')
 
