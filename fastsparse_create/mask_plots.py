@@ -6,7 +6,6 @@
 __all__ = ['MaskHistory', 'plot_mask_history', 'animate_mask_history']
 
 # %% ../nbs/33_mask_plots.ipynb #6dcff4b9
-import re
 from difflib import get_close_matches
 import matplotlib.pyplot as plt
 from matplotlib.animation import FuncAnimation
@@ -130,12 +129,10 @@ class MaskHistory(TrainingCallback):
         return torch.from_numpy(np.unpackbits(bits, count=shape.numel()).astype(bool)).view(shape)
 
 def _check_pattern(entry):
-    if not entry.startswith('re:'): return
-    try: re.compile(entry[3:])
-    except re.error as e: raise ValueError(f"MaskHistory: params: {entry!r} is no regular expression: {e}") from None
+    if entry.startswith('re:'): matching(entry, [], 'MaskHistory: params')
 
 def _stands_for(entry, name):
-    if entry.startswith('re:'): return bool(re.match(entry[3:], name))
+    if entry.startswith('re:'): return bool(matching(entry, [name], 'MaskHistory: params'))
     return entry.upper() in ('__ALL__','__ALL_PRUNABLE__') or name==entry or name.startswith(f'{entry}.')
 
 def _masks(model):

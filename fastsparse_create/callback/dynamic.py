@@ -130,7 +130,8 @@ class DropAndGrow(PruningModifier, abstract=True):
         found,others,names = set(),[],[p.name for p in sparse_params(self.model)]
         for entry in [self.params] if isinstance(self.params, str) else self.params:
             is_broad = entry.upper() in ('__ALL__','__ALL_PRUNABLE__')
-            mine = [n for n in names if is_broad or n==entry or n.startswith(f'{entry}.') or (entry.startswith('re:') and re.match(entry[3:], n))]
+            matched = matching(entry, names) if entry.startswith('re:') else []
+            mine = [n for n in names if is_broad or n==entry or n.startswith(f'{entry}.') or n in matched]
             found.update(mine)
             if not mine or (is_broad and prunable(self.model)): others.append(entry)
         return [p for p in sparse_params(self.model) if p.name in found],others

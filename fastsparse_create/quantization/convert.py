@@ -7,7 +7,7 @@ __all__ = ['QuantizedRow', 'quantized_modules', 'is_quantized', 'observe', 'cali
            'quantized_from_file', 'quantization_state', 'quantize_like', 'dequantize_']
 
 # %% ../../nbs/09d_quantization.convert.ipynb #0b8aa999
-import re,torch
+import torch
 from dataclasses import dataclass,replace
 from difflib import get_close_matches
 from itertools import islice
@@ -20,15 +20,17 @@ from ..permutation.rules import call_model
 from .core import *
 from .layers import *
 from .placement import *
-from ..selection import unwrap_model
+from ..selection import matching,unwrap_model
 from ..sparse.linear import LayerReport
 
 # %% ../../nbs/09d_quantization.convert.ipynb #8abe36a0
 def _named(model): return list(model.named_modules(remove_duplicate=False))
 
-def _meant(entry, model):
+def _meant(where, entry, model):
     "Modules that an entry stands for"
-    if entry.startswith('re:'): return {m for n,m in _named(model) if re.match(entry[3:], n)}
+    if entry.startswith('re:'):
+        names = set(matching(entry, [n for n,_ in _named(model)], where))
+        return {m for n,m in _named(model) if n in names}
     return {c for n,m in _named(model) if entry in (n,type(m).__name__) for c in m.modules()}
 
 def _entries(where, given, model, strict):
@@ -37,10 +39,7 @@ def _entries(where, given, model, strict):
     if given is not None and not isinstance(given, (list,tuple,set,dict)): raise TypeError(f"{where}: expected names, got {given!r}")
     for entry in given or ():
         if not isinstance(entry, str): raise TypeError(f"{where}: expected names, got {entry!r}")
-        if entry.startswith('re:'):
-            try: re.compile(entry[3:])
-            except re.error as e: raise ValueError(f"{where}: {entry!r} is no regular expression: {e}") from None
-    found = {entry:_meant(entry, model) for entry in given or ()}
+    found = {entry:_meant(where, entry, model) for entry in given or ()}
     lost = next((e for e,modules in found.items() if not modules), None)
     if lost and strict:
         near = get_close_matches(lost.removeprefix('re:'), {n for n,_ in _named(model) if n}|{type(m).__name__ for m in model.modules()}, 1, .4)

@@ -7,7 +7,7 @@ __all__ = ['SparsePattern', 'quiet_csr', 'SparseLinear', 'SparseParam', 'sparse_
            'sparse_layers_', 'dense_layers_']
 
 # %% ../../nbs/05a_sparse.linear.ipynb #eb0d9b89
-import re,torch,torch.nn.functional as F,warnings
+import torch,torch.nn.functional as F,warnings
 from dataclasses import asdict,dataclass,fields
 from functools import lru_cache
 from html import escape
@@ -332,7 +332,7 @@ def _looked_at(model, params):
     select(model, [e for e in ([params] if isinstance(params, str) else params) if not may_be_none(e)])
     return sites
 
-def _stands_for(entry, name): return bool(re.match(entry[3:], name)) if entry.startswith('re:') else f'{name}.'.startswith(f'{entry}.')
+def _stands_for(entry, name): return bool(matching(entry, [name])) if entry.startswith('re:') else f'{name}.'.startswith(f'{entry}.')
 
 def _kept(site):
     "The connections of a weight: its enforced mask, or else its non-zero elements"
