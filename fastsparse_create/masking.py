@@ -12,11 +12,11 @@ __all__ = ['logger', 'n_kept', 'kept_positions', 'mask_changes', 'mask_tensors',
 import math,numpy as np,torch
 from dataclasses import dataclass
 import logging
-from pathlib import Path
 from fastcore.foundation import L
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 from .effective import *
+from .files import *
 from .masks.core import *
 from .selection import *
 
@@ -320,8 +320,7 @@ def masks_from_file(model:nn.Module, # A model of the architecture that was save
                     file, # Path of a file from `torch.save(model.state_dict())` or `learn.save`
                    )->list: # `MaskedParam`s
     "Load the weights of a sparse model together with its masks; if the file holds none, they are read from its zeros"
-    model,file = unwrap_model(model),Path(file)
-    if not file.exists(): raise FileNotFoundError(f"{file}: no such file")
+    model = unwrap_model(model)
     state,own,sites = _load_state(file),model.state_dict(),named_sites(model)
     masks = sorted(k.removesuffix('_mask') for k,v in state.items() if k.endswith('_mask') and v.dtype==torch.bool and k not in own)
     _check_fit(file, {k:v.shape for k,v in state.items()},
@@ -342,8 +341,8 @@ def _load_state(file):
     "The model's state in `file`, read without running code from it"
     numpy = getattr(np, '_core', None) or np.core
     optimizers_hold = [L, np.dtype, numpy.multiarray.scalar, *(getattr(np.dtypes, n) for n in np.dtypes.__all__)]
-    with torch.serialization.safe_globals(optimizers_hold): state = torch.load(file, map_location='cpu', weights_only=True)
-    return state['model'] if set(state)=={'model','opt'} else state
+    state = read_saved(file, optimizers_hold)
+    return check_state(file, state['model'] if isinstance(state, dict) and set(state)=={'model','opt'} else state)
 
 # %% ../nbs/05_masking.ipynb #dac69150
 @torch.no_grad()

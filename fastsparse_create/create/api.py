@@ -145,11 +145,15 @@ def create_recipe(model:nn.Module, # Model to make sparse
     is_global = _as_bool('global_sparsity', v.global_sparsity) and not pattern and kind in ('magnitude','obs','mfac','acdc') and 'channels' not in target
     params = {} if kind is None else {'params':model if v.params is None else v.params}
     if not isinstance(distillation_teacher, (nn.Module,Learner,str,Path,type(None))): raise TypeError(f"distillation_teacher must be a module, a Learner, a path or 'self', got {distillation_teacher!r}")
-    teacher = None if not distillation else 'given' if isinstance(distillation_teacher, (nn.Module,Learner)) else str(distillation_teacher or 'self')
+    teacher = None if not distillation else 'given' if _stays_outside(distillation_teacher) else str(distillation_teacher or 'self')
     options = dict(pruning=kind or 'magnitude', scheme=target.get('scheme') if quantization else None, lr=lr, teacher=teacher)
     names = 'init_lr final_lr hardness temperature init_sparsity update_frequency warmup_epochs pruning_epochs quantization_epochs'.split()
     return generate_recipe(sparsity, v.num_epochs, **params, mask_type='unstructured' if kind in (None,'constant') else mask_type, global_sparsity=is_global, int8=quantization,
                            channels='channels' in target and kind is not None, **options, **{n:getattr(v, n) for n in names})
+
+def _stays_outside(teacher):
+    "Is it nothing that a recipe can name?"
+    return isinstance(teacher, (nn.Module,Learner)) or is_pickle(teacher)
 
 def _check_effects(v, kind, mask_type, pattern, channels):
     "Choices that contradict each other, or change nothing, are mistakes"
@@ -189,7 +193,7 @@ def initialize(model:nn.Module, # Model that the loop trains, as it calls it
     "Generate a recipe for `model`, and have the loop train by it; raises `ValueError` or `TypeError` before anything is changed"
     variables = RecipeVariables.of(recipe_variables)
     text = create_recipe(model, pruning, quantization, lr, distillation, distillation_teacher, variables)
-    teacher = distillation_teacher if isinstance(distillation_teacher, (nn.Module,Learner)) else None
+    teacher = distillation_teacher if _stays_outside(distillation_teacher) else None
     own_lr = max((pg['lr'] for pg in getattr(optimizer, 'param_groups', [])), default=0.)
     manager = RecipeManager(text, model, optimizer, steps_per_epoch, teacher, scaler, variables.gradient_accumulation_steps)
     if 'init_lr' not in variables.given and not .1<own_lr/variables.init_lr<10: logger.warning(f"the recipe's learning rate starts at {variables.init_lr:g}, in place of the optimizer's {own_lr:g}: recipe_variables=dict(init_lr={own_lr:g}) keeps that")

@@ -10,6 +10,7 @@ import torchvision
 from difflib import get_close_matches
 from fastai.vision.all import *
 from fastai.vision.models import xresnet
+from ..files import *
 from ..masking import *
 from ..quantization.convert import *
 from ..thinning import *
@@ -60,12 +61,10 @@ def _first_line(e): return (str(e).strip() or type(e).__name__).splitlines()[0]
 # %% ../../nbs/41_experiment.models.ipynb #0b7e8be7
 def _read_weights(file):
     "The content of a file of weights, as a dict with the state dict in `model`"
-    if not file.exists(): raise FileNotFoundError(f"{file}: no such file")
-    try: saved = torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{file}: holds more than tensors, or is damaged; save a model's state_dict(), or export a Learner to a .pkl") from e
+    saved = read_saved(file)
     if not isinstance(saved, dict): raise ValueError(f"{file}: expected a state dict, got {type(saved).__name__}")
     state = next((saved[k] for k in ('model','state_dict') if isinstance(saved.get(k), dict)), None)
-    return {**saved, 'model':state} if state else {'model':saved}
+    return {**saved, 'model':check_state(file, state)} if state else {'model':check_state(file, saved)}
 
 def _without_masks(state): return {k:v for k,v in state.items() if not (k.endswith('_mask') and k.removesuffix('_mask') in state and v.dtype==torch.bool)}
 
@@ -99,9 +98,7 @@ def _with_head_of(new, model, shapes):
     return model
 
 def _load_pickle(file):
-    if not file.exists(): raise FileNotFoundError(f"{file}: no such file")
-    try: return dequantize_(make_permanent(load_learner(file).model))
-    except Exception as e: raise ValueError(f"{file}: no Learner that can be loaded: {_first_line(e)}") from e
+    return dequantize_(make_permanent(read_learner(file).model))
 
 # %% ../../nbs/41_experiment.models.ipynb #863aa378
 def create_model(name:str, # A name of fastai's, torchvision's or timm's, or a file `.pth` or `.pkl`

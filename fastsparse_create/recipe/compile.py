@@ -47,11 +47,16 @@ def _place(m, source, arg=None):
     line = m.arg_lines.get(arg, m.line)
     return f'{source}, line {line}' if line else source
 
+def _no_pickle(m):
+    "A recipe is data, and data don't run code"
+    if isinstance(m, TeacherModifier) and is_pickle(m.teacher): raise ValueError("teacher: a recipe can't name a pickle, which may run any code: write 'teacher: given', and give it as distillation_teacher")
+    return m
+
 def _compile(m, source):
     "The modifier that `m` describes"
     cls = _class_of(m, _place(m, source))
     args = _checked_args(cls, m, source)
-    try: return cls(**args)
+    try: return _no_pickle(cls(**args))
     except (ValueError,TypeError) as e:
         msg = str(e).removeprefix(f'{m.tag}: ')
         named = next((a for a in args if re.match(rf'{a}\b', msg)), None)
@@ -96,7 +101,7 @@ class Recipe:
         if distillation_teacher is None: return compiled
         learners = [m for m in compiled if isinstance(m, TeacherModifier)]
         if not learners: raise ValueError(f"{self.data.source}: distillation_teacher is given, but the recipe has no modifier that learns from it: add a DistillationModifier")
-        for m in learners: m.teacher = distillation_teacher
+        for m in learners: m.give(distillation_teacher)
         return compiled
 
     def callbacks(self,
