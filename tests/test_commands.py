@@ -142,6 +142,9 @@ def test_one_shot_prunes_without_training(whole, tmp_path, capsys):
     assert 'takes training' in refused(capsys, *small, '--model', whole/'model.pth', '--target', 'onnxruntime', command='one-shot')
     assert 'unrecognized arguments: --epochs' in refused(capsys, *small, '--epochs', '1', command='one-shot')
 
+def test_flops_that_cannot_be_reached_are_told_before_training(capsys):
+    assert "15.5% are needed by channels that have to stay; try a lower optim level" in refused(capsys, *small, '--target', 'onnxruntime', '--optim-level', '0.8')
+
 def test_two_of_four_for_gpus(tmp_path, quick):
     folder = run(tmp_path, *small, '--epochs', '1', '--target', 'gpu')
     model = load_model(folder/'model.pth')

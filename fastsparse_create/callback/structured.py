@@ -52,7 +52,7 @@ def _two_of(o):
     if isinstance(o, dict): return {k:_two_of(v) for k,v in o.items()}
     return type(o)(map(_two_of, o)) if type(o) in (tuple,list) else o
 
-# %% ../../nbs/14a_callback.structured.ipynb #3ce53ba3
+# %% ../../nbs/14a_callback.structured.ipynb #5110374e
 class StructuredPruningModifier(NeedsExample, GMPruningModifier):
     "Gradual pruning of whole channels, together with all that depends on them"
     def __init__(self,
@@ -84,9 +84,11 @@ class StructuredPruningModifier(NeedsExample, GMPruningModifier):
         super().reset()
         self._graph,self._groups,self._full,self._dense,self._found = None,[],{},None,[]
 
-    def selected(self):
+    def selected(self): return self._selected(self.model)
+
+    def _selected(self, model):
         listed = [n for group in self.param_groups or [] for n in group]
-        return list(select(self.model, listed+[self.params] if isinstance(self.params, str) else listed+list(self.params)))
+        return list(select(model, listed+[self.params] if isinstance(self.params, str) else listed+list(self.params)))
 
     def choose(self):
         "What is known before the first batch"
@@ -106,22 +108,34 @@ class StructuredPruningModifier(NeedsExample, GMPruningModifier):
     def _search(self, example):
         "Find the groups, and give their parameters masks"
         self._graph = ChannelGraph(self.model, example).probe().forget_copy()
-        chosen = set(self.selected())
-        self._groups = [g for g in self._graph.removable if _is_chosen(g, chosen, self._graph, self.mask_type)]
-        if not self._groups: raise ValueError(f"StructuredPruningModifier: params: no channels can be pruned in {self.params}{why_none(self._graph)}")
+        self._groups = self._groups_in(self._graph, self.selected())
         if self._dense is None: self._dense = self._graph.full_flops(self._shapes())
         for g in self._groups: self._full.setdefault(tuple(g.layers), self._graph.full_size(g, self._shapes()))
-        self._check_reach()
+        self._check_reach(self._graph, self._groups, self._dense, self._sizes())
         self._found = self._names = [n for n in self._graph.shapes if any(n in g.names for g in self._groups)]
         self._params = attach_masks(self.model, self._names, enforce=not self._released)
         self.learn.mask_enforcer.before_train()
 
-    def _check_reach(self):
+    def _groups_in(self, graph, names):
+        res = [g for g in graph.removable if _is_chosen(g, set(names), graph, self.mask_type)]
+        if not res: raise ValueError(f"StructuredPruningModifier: params: no channels can be pruned in {self.params}{why_none(graph)}")
+        return res
+
+    def _check_reach(self, graph, groups, dense, sizes=None):
         if self.budget!='flops': return
-        ranking = self._ranking()
-        lowest = self._graph.costs(ranking.lost(len(ranking)))[0]
-        if lowest>(1-self.final_sparsity)*self._dense:
-            raise ValueError(f"StructuredPruningModifier: final_sparsity {self.final_sparsity} of the FLOPs can't be reached, as {lowest/self._dense:.1%} are needed by channels that have to stay")
+        ranking = ChannelRanking(groups, [torch.zeros(g.size) for g in groups], self.share, self.round_to, sizes=sizes)
+        lowest = graph.costs(ranking.lost(len(ranking)))[0]
+        if lowest>(1-self.final_sparsity)*dense:
+            raise ValueError(f"StructuredPruningModifier: final_sparsity {self.final_sparsity} of the FLOPs can't be reached, as {lowest/dense:.1%} are needed by channels that have to stay")
+
+    def check(self,
+              model:nn.Module, # Model that would be trained
+              example, # What it takes
+             ):
+        "`ValueError` if channels can't be pruned as this modifier says; a look before a long training"
+        if self.param_groups is not None: return
+        graph = ChannelGraph(model, example)
+        self._check_reach(graph, self._groups_in(graph, self._selected(model)), graph.costs({})[0])
 
     def update(self, epoch):
         if self._graph and not self._graph.fits(self.model): self.prepare(self._example)
@@ -145,7 +159,9 @@ class StructuredPruningModifier(NeedsExample, GMPruningModifier):
         scores = [group_scores(g, self.model) for g in self._groups]
         masks = {p.name:p.mask for p in self._params if isinstance(p, MaskedParam)}
         for g,s in zip(self._groups, scores): s[_masked_channels(g, masks)] = -1.
-        return ChannelRanking(self._groups, scores, self.share, self.round_to, sizes=[self._full[tuple(g.layers)] for g in self._groups])
+        return ChannelRanking(self._groups, scores, self.share, self.round_to, sizes=self._sizes())
+
+    def _sizes(self): return [self._full[tuple(g.layers)] for g in self._groups]
 
 def _masked_channels(group, masks):
     "Which channels of a group are masked in all of their places?"

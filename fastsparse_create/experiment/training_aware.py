@@ -23,7 +23,7 @@ from ..recipe.compile import *
 from ..selection import *
 from ..thinning import *
 
-# %% ../../nbs/42_experiment.training_aware.ipynb #e1c699ed
+# %% ../../nbs/42_experiment.training_aware.ipynb #da3179c9
 class TrainingAware(Experiment):
     "Trains a dense baseline, then a sparse model from the same start, and writes down both"
     kind = 'training_aware'
@@ -49,7 +49,7 @@ class TrainingAware(Experiment):
         self.recipe,self.recipe_text = read_plan(self.recipe_path, self.recipe_args, learns) if self.is_given else self.generate(model, example)
         if epochs not in (None,self.epochs): raise ValueError(f"epochs {epochs}: the recipe trains for {self.epochs}; change its variables by recipe_args, or leave epochs out")
         self.wants_int8,self.is_thinned = self.has(QuantizationModifier),self.has(LayerThinningModifier)
-        if self.has(StructuredPruningModifier): self._check_channels(model, example)
+        self._check_channels(model, example)
         self.promised = promised_sparsity(self.recipe, model)
         self.counted = list(self.promised or prunable(model))
         self._network = None
@@ -75,8 +75,10 @@ class TrainingAware(Experiment):
         return given+super().remarks
 
     def _check_channels(self, model, example):
-        graph = ChannelGraph(model, example)
-        if not graph.removable: raise ValueError(f"no channels of {self.model} can be removed{why_none(graph)}")
+        try:
+            for m in pruners(self.recipe):
+                if isinstance(m, StructuredPruningModifier): m.check(model, example)
+        except ValueError as e: raise ValueError(str(e) if self.is_given else f"{e}; try a lower optim level, or another target") from e
 
     # trainings that can be interrupted
 
