@@ -15,6 +15,7 @@ import logging
 from fastcore.foundation import L
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
+from .distributed import *
 from .effective import *
 from .files import *
 from .masks.core import *
@@ -32,7 +33,7 @@ def _mask_bits(mask, like):
         bits = cached[1] if cached and cached[0][1:]==key[1:] else torch.empty_like(like, dtype=_widths[like.element_size()], requires_grad=False)
         if mask.is_cuda: bits.copy_(mask.view(torch.int8).neg())
         else: np.negative(mask.view(torch.int8).numpy(), out=bits.numpy())  # in one pass
-        cached = key,bits,mask.clone() if _is_distributed() else None
+        cached = key,bits,mask.clone() if is_distributed() else None
         _bits[mask] = cached
     return cached[1]
 
@@ -51,11 +52,9 @@ def _exchange(mask, dropped, grown):
         if is_usable: _put(cached[1], positions, -kept)
     if is_usable: _bits[mask] = (mask._version,*cached[0][1:]),cached[1],None
 
-def _is_distributed(): return torch.distributed.is_available() and torch.distributed.is_initialized()
-
 def _is_current(mask, snapshot):
     "Broadcasts of `DistributedDataParallel` change a mask, but not its version"
-    return not _is_distributed() or (snapshot is not None and snapshot.equal(mask))
+    return not is_distributed() or (snapshot is not None and snapshot.equal(mask))
 
 def n_kept(mask:torch.Tensor, # Boolean
           )->int:
@@ -193,6 +192,7 @@ def enforce(module:nn.Module, # A masked model, or one of its masked layers
             *_):
     "Forward pre-hook: set masked weights to 0, and see to it that their gradients are masked"
     if torch.jit.is_tracing() or torch.compiler.is_compiling(): return  # a traced program has the weights that it was traced with
+    if is_sharded(type(module)): raise ValueError(f"{type(module).__name__}: {SHARDED}; make_permanent its masks before it is sharded")
     if torch._C._current_graph_task_id()==-1: _managed.clear()  # a recomputation inside of backward is still managed
     _enforce_own(module)
     module._called = True

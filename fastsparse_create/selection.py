@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['prunable_types', 'MAX_PATTERN', 'MAX_SECONDS', 'Site', 'unwrap_model', 'named_sites', 'prunable', 'outputs_first',
-           'matching', 'select']
+           'matching', 'own_name', 'select']
 
 # %% ../nbs/02_selection.ipynb #da2dc623
 import re,regex
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from time import perf_counter
 from torch import nn
+from .distributed import *
 
 # %% ../nbs/02_selection.ipynb #03a34db8
 @dataclass(eq=False)
@@ -35,7 +36,9 @@ def named_sites(model:nn.Module, # Any model
             if not isinstance(param, nn.Parameter): continue
             site = sites.setdefault(id(param), Site(f'{prefix}.{attr}' if prefix else attr, param, []))
             site.owners.append((module, attr))
-    return {s.name:s for s in sites.values()}
+    res = {s.name:s for s in sites.values()}
+    refuse_sharded({n:s.param for n,s in res.items()})
+    return res
 
 # %% ../nbs/02_selection.ipynb #b09cf8d2
 prunable_types = {'Linear':'weight', '_ConvNd':'weight', 'Conv1D':'weight', 'Bilinear':'weight',
@@ -81,6 +84,12 @@ def matching(entry:str, # `'re:...'`
     except TimeoutError: raise ValueError(f"{where}: {entry!r:.80} takes too long to match: make it simpler, without repetitions inside of others") from None
 
 # %% ../nbs/02_selection.ipynb #5a36ddee
+def own_name(name:str, # Of a parameter or layer
+             names, # Those of the model
+            )->str:
+    "The name without what `DistributedDataParallel` and `torch.compile` put before it, unless the model has that itself"
+    return name if any(n==name or n.startswith(f'{name}.') for n in names) else re.sub(r'^(module\.|_orig_mod\.|\.)+', '', name)
+
 def select(model:nn.Module, # Model to select from
            params, # `'__ALL__'`, `'__ALL_PRUNABLE__'`, a name, a layer, `'re:...'`, or a list of these
            weights_only:bool=True, # Do `__ALL__` and `re:` skip biases and normalization parameters?
@@ -99,8 +108,8 @@ def _match(entry, sites, allowed, weights_only):
     broad = [n for n,s in sites.items() if not weights_only or _is_weight(s)]
     if entry.upper()=='__ALL_PRUNABLE__': return list(allowed)
     if entry.upper()=='__ALL__': return broad
-    if entry.startswith('re:'): return matching(entry, broad)
-    name = re.sub(r'^(module\.|_orig_mod\.|\.)+', '', entry)
+    if entry.startswith('re:'): return matching(entry, broad) or [n.removeprefix('module.') for n in matching(entry, [f'module.{n}' for n in broad])]
+    name = own_name(entry, sites)
     if name in sites: return [name]
     inside = [n for n in sites if n.startswith(name+'.')]
     return [n for n in inside if n in allowed] if weights_only else inside

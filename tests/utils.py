@@ -7,6 +7,7 @@ from fastsparse_create.sparsify import *
 from fastsparse_create.callback.core import *
 
 class Tensors(TensorDataset):
+    n_inp = 1
     def new_empty(self): return Tensors(*(t[:0] for t in self.tensors))
 
 def tiny_dls(n_trn=4, bs=8, shape=(4,), d_out=2, seed=0, dtype=torch.float32):

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from fastai.basics import *
 from fastai.callback.schedule import ParamScheduler,SkipToEpoch
 from torch.optim.swa_utils import AveragedModel
+from ..distributed import *
 from ..masking import *
 from ..schedule import *
 from ..selection import unwrap_model
@@ -38,7 +39,7 @@ class MaskEnforcer(Callback):
     "Keeps masked weights and their momentum at 0, masks gradients, and reports the measured `sparsity`"
     order = 10.5  # gradients are complete and unscaled after MixedPrecision (10), and not yet clipped (11)
     def before_fit(self):
-        self._trusted,self._released,self._replaced = False,[],False
+        self._trusted,self._released,self._replaced,self._is_shared = False,[],False,False
         if hasattr(self.learn, 'recorder'): self.learn.recorder.sparsities = []
         self.learn.metrics = self._other_metrics() + [ValueMetric(self.sparsity, 'sparsity')]
 
@@ -51,9 +52,16 @@ class MaskEnforcer(Callback):
         return (sum(numels)-sum(nonzeros))/max(1, sum(numels))
 
     def before_train(self):
+        self._share()
         self.refresh()
         self._mask_all()
         self._trusted = _is_trusted(self.learn, self._params)
+
+    def _share(self):
+        "Let all ranks begin with the masks of the first one, which `DistributedDataParallel` does only if it is to share buffers"
+        ddp = ddp_of(self.model)
+        if ddp is not None and not self._is_shared: first_rank_(ddp, [m for p in masked_params(self.model) for m in p._masks()])
+        self._is_shared = True
 
     def refresh(self):
         "Take note of masks that were attached, changed or released"
@@ -132,6 +140,8 @@ class TrainingCallback(Callback):
 class Modifier(TrainingCallback):
     "Changes training between `start_epoch` and `end_epoch`; a subclass is a recipe tag of its own name"
     replays = True # Does a resumed fit repeat the last update that it skipped?
+    takes_shards = False # Does it leave parameters alone, so that each process may have a part of them?
+    counters = () # Attributes that count batches of this fit
     def __init_subclass__(cls, abstract=False, **kwargs):
         super().__init_subclass__(**kwargs)
         if not abstract: modifiers[cls.__name__] = cls
@@ -174,6 +184,7 @@ class Modifier(TrainingCallback):
         return self._done + self.epoch + self.iter/self.n_iter if self.training else self._position
 
     def before_fit(self):
+        if not self.takes_shards: refuse_sharded(dict(unwrap_model(self.model).named_parameters()), type(self).__name__)
         if self._seen is not self.learn: self.reset()
         self._seen = self.learn
 
@@ -218,6 +229,11 @@ class Modifier(TrainingCallback):
         while self._plan and self._plan[0][0]<=batch: due = self._plan.pop(0)[1]
         if due is not None: self._last = due
         return due
+
+    def model_changed(self):
+        "To be called where parameters came or went, changed their sizes, or whether they train"
+        ddp = ddp_of(self.model)
+        if ddp is not None: rebuild_(ddp)
 
     def args(self)->dict:
         "The arguments that make an equal modifier"

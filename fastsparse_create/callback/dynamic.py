@@ -80,6 +80,7 @@ class MaskUpdate:
 # %% ../../nbs/15a_callback.dynamic.ipynb #7d679048
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
+    counters = '_steps','_next','_unit','_n_gathered'
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
                  params, sparse_init_f, mask_type, seed, start_epoch=-1., end_epoch=-1., update_frequency=-1., leave_enabled=True):
         super().__init__(params, start_epoch, end_epoch, update_frequency, leave_enabled)
@@ -128,7 +129,7 @@ class DropAndGrow(PruningModifier, abstract=True):
     def _stored(self):
         "The `SparseLinear` weights that `params` stands for, and the entries of `params` that stand for others"
         found,others,names = set(),[],[p.name for p in sparse_params(self.model)]
-        for entry in [self.params] if isinstance(self.params, str) else self.params:
+        for entry in [self.params] if isinstance(self.params, str) else [own_name(e, names) for e in self.params]:
             is_broad = entry.upper() in ('__ALL__','__ALL_PRUNABLE__')
             matched = matching(entry, names) if entry.startswith('re:') else []
             mine = [n for n in names if is_broad or n==entry or n.startswith(f'{entry}.') or n in matched]
@@ -269,6 +270,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         enforcer = self.learn.mask_enforcer
         if not enforcer._trusted: enforcer._mask_all()  # what grows must be 0, and an unknown optimizer has just moved it
         for p,change in zip(live, changes): p.exchange(*change, self.opt)
+        if any(isinstance(p, SparseParam) for p in live): self.model_changed()
         enforcer.refresh()
         if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates.append(self._note(batch, share, {p.name:grown for p,(_,grown) in zip(live, changes)}))
 

@@ -16,7 +16,7 @@ from ..schedule import *
 # %% ../../nbs/12_callback.learning_rate.ipynb #9b7b5a54
 class LearningRateBase(Modifier, abstract=True):
     "Sets the learning rate of `param_groups` at each batch from `start_epoch` to `end_epoch`"
-    order = ParamScheduler.order+1  # what is written later holds for the batch
+    order,takes_shards = ParamScheduler.order+1,True  # what is written later holds for the batch
     def __init__(self, start_epoch, end_epoch, param_groups=None):
         super().__init__(start_epoch, end_epoch)
         self.param_groups = check_indices(self, param_groups)

@@ -250,8 +250,8 @@ class ConstantPruningModifier(PruningModifier):
 
     def ticks(self, n_iter, n_epoch, done=0.): return plan_ticks(self.start_epoch, self.end_epoch, math.inf, n_iter, n_epoch, done)
 
-    def before_fit(self):
-        super().before_fit()
+    def fit_starts(self):
+        super().fit_starts()
         if self._zeros is not None: return
         self._zeros = [p.param!=0 for p in self._params]
         if all(z.all() for z in self._zeros): logger.warning(f"ConstantPruningModifier: the model has no zeros to hold in {self.params}")

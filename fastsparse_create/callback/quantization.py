@@ -91,7 +91,7 @@ class QuantizationModifier(Modifier):
 
     def after_train(self):
         super().after_train()
-        mean_over_ranks_(self.model)
+        mean_ranges_(self.model)
 
     def _reached(self, name): return getattr(self, name) is not None and self._last>=getattr(self, name)-1e-9
 
@@ -102,7 +102,9 @@ class QuantizationModifier(Modifier):
     def go_on(self):
         "Treat a quantized model as this moment asks for"
         self._stop_mixed_precision()
-        observe(self.model, 'never' if self._reached('disable_quantization_observer_epoch') else 'training')
+        stays = self._reached('disable_quantization_observer_epoch')
+        observe(self.model, 'never' if stays else 'training')
+        if stays: mean_ranges_(self.model)
         if self._reached('freeze_bn_stats_epoch'): self._freeze()
 
     def _freeze(self): self._frozen = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -15,6 +15,7 @@ from fastai.callback.tracker import TrackerCallback
 from .core import *
 from .pruning import *
 from ..channels import *
+from ..distributed import *
 from ..masking import *
 from ..permutation.graph import Place
 from ..report import inference
@@ -34,8 +35,16 @@ class NeedsExample:
         xb = self.learn.xb
         if self._example is None and len(xb):
             self._example = _two_of(dict(xb) if isinstance(xb, Mapping) else xb[0] if len(xb)==1 else tuple(xb))
+            self.agree()
             self.prepare(self._example)
         super().before_batch()
+
+    def agree(self):
+        "Let all ranks look at the example and the buffers of the first one, so that they see the same"
+        ddp = ddp_of(self.model)
+        if ddp is None: return
+        self._example = from_first_rank(ddp, self._example)
+        first_rank_(ddp, ddp.module.buffers())
 
     def after_train(self):
         if self._example is None: raise ValueError(f"{type(self).__name__}: saw no inputs of the model: call the model itself in training mode, not what torch.compile made of it")
@@ -263,7 +272,7 @@ class LayerThinningModifier(NeedsExample, Modifier):
 
     def update(self, epoch):
         model,averages = unwrap_model(self.model),averaged_models(self.learn)
-        if isinstance(self.model, nn.parallel.DistributedDataParallel): raise ValueError("LayerThinningModifier: DistributedDataParallel keeps buffers of the old sizes: thin the model before it is wrapped, or after training")
+        self.agree()
         apply_masks(model)
         graph = ChannelGraph(model, self._example)
         report = thin_graph_('LayerThinningModifier', model, graph, self._wanted(graph), self.opt, averages, self.round_to, self.constants)
@@ -272,6 +281,7 @@ class LayerThinningModifier(NeedsExample, Modifier):
         if any(r.left<r.channels for r in report.rows): self._thinned()
 
     def _thinned(self):
+        self.model_changed()
         _forget_best(self.learn)
         if hasattr(self.learn, 'mask_enforcer'): self.learn.mask_enforcer.refresh()
         for cb in self.learn.cbs:
@@ -315,6 +325,7 @@ class LayerPruningModifier(NeedsExample, Modifier):
     def update(self, epoch):
         if 0<=self.end_epoch<=epoch: self._restore()
         elif not self._taken: self._take()
+        self.model_changed()
         _forget_best(self.learn)
         if hasattr(self.learn, 'mask_enforcer'): self.learn.mask_enforcer.refresh()
 

@@ -24,6 +24,7 @@ class OnceModifier(Modifier, abstract=True):
 # %% ../../nbs/13_callback.training.ipynb #a1fc17d7
 class EpochRangeModifier(Modifier):
     "States the epochs of a recipe; other modifiers may need more"
+    takes_shards = True
     def __init__(self,
                  start_epoch:float, # First epoch
                  end_epoch:float, # Epoch to end before
@@ -63,12 +64,16 @@ class TrainableParamsModifier(OnceModifier):
             self._were = [s.param.requires_grad for s in self._sites]
             self._hold()
 
-    def _hold(self):
-        for s in self._sites: _set_trainable(s.param, self.trainable)
+    def _hold(self): self._set([self.trainable]*len(self._sites))
 
     def _restore(self):
-        for s,was in zip(self._sites, self._were or []): _set_trainable(s.param, was)
+        self._set(self._were or [])
         self._were = None
+
+    def _set(self, values):
+        changed = [s.param.requires_grad for s in self._sites]!=values
+        for s,trainable in zip(self._sites, values): _set_trainable(s.param, trainable)
+        if changed: self.model_changed()
 
 def _set_trainable(param, trainable):
     param.requires_grad_(trainable)
@@ -147,6 +152,7 @@ class GradualParamModifier(Modifier):
 # %% ../../nbs/13_callback.training.ipynb #01497414
 class SetWeightDecayModifier(OnceModifier):
     "Sets the weight decay at `start_epoch`"
+    takes_shards = True
     def __init__(self,
                  weight_decay:float, # Weight decay, at least 0
                  start_epoch:float=-1., # Epoch to set it at

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from fastai.basics import L,pd,store_attr
 from torch import nn,Tensor
 from torch.autograd.function import once_differentiable
+from ..distributed import *
 from ..masking import *
 from ..masks.core import n_zeros
 from ..selection import *
@@ -226,7 +227,7 @@ class SparseParam:
         "The dense gradient of all batches since `collect(True)`, scaled as the loss was"
         if not self.layer.collected: return
         g,x = (torch.cat(o, 1) for o in zip(*self.layer.collected))
-        return _mean_over_ranks(g@x.t())
+        return mean_over_ranks_(g@x.t())
 
     def collect(self, on:bool):
         "From the next forward pass on, keep what `grad` needs; or forget it, and keep nothing"
@@ -264,12 +265,6 @@ def _sort(x):
     if x.is_cuda: return x.sort()
     order = torch.from_numpy(x.numpy().argsort())
     return x[order],order
-
-def _mean_over_ranks(grad):
-    "What `DistributedDataParallel` makes of gradients"
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()): return grad
-    torch.distributed.all_reduce(grad)
-    return grad.div_(torch.distributed.get_world_size())
 
 def sparse_params(model:nn.Module, # Any model
                  )->list: # A `SparseParam` for each `SparseLinear`, in model order

@@ -1,0 +1,162 @@
+"Several processes, each with data of its own: their masks and weights agree, bit for bit, after every step"
+import json,random,subprocess,sys,traceback,zlib
+from datetime import timedelta
+import pytest
+from utils import *
+import torch._dynamo,torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel as DDP
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from fastsparse_create.callback.distributed import *
+from fastai.callback.training import GradientAccumulation
+from fastsparse_create.all import *
+from fastsparse_create.create import *
+
+scenarios = {}
+
+def ranks(*worlds):
+    "A scenario: every process calls it with its rank, once for each number of processes"
+    def _inner(f):
+        for n in worlds: scenarios[f'{f.__name__}[{n}]'] = f,n
+        return f
+    return _inner
+
+# what the processes agree on
+
+def everybodys(o):
+    "What each rank has to say"
+    res = [None]*dist.get_world_size()
+    dist.all_gather_object(res, o)
+    return res
+
+def bits(t): return zlib.crc32(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+def state_bits(model):
+    "Name -> checksum of each parameter, and of each mask"
+    model = unwrap_model(model)
+    return {n:bits(p) for n,p in model.named_parameters()} | {f'mask of {p.name}':bits(p.mask) for p in [*masked_params(model), *sparse_params(model)]}
+
+def assert_agree(model, where=''):
+    mine,*others = everybodys(state_bits(model))
+    for o in others: assert o==mine, (where, [n for n in mine.keys()|o.keys() if mine.get(n)!=o.get(n)])
+
+@trusted
+class Agreement(Callback):
+    "Weights and masks of all ranks have the same bits after every step; their data doesn't"
+    order,run_valid = 1000,False
+    def after_batch(self):
+        assert_agree(self.model, (self.epoch, self.iter))
+        if self.iter==0: assert len(set(everybodys(bits(self.learn.x))))>1
+    def after_fit(self): assert_agree(self.model, 'the end')
+
+def _rank(rank, world, names, folder):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
+    torch.set_num_threads(1)
+    res = {}
+    for i,name in enumerate(names):
+        dist.init_process_group('gloo', init_method=f'file://{folder}/store_{world}_{i}', rank=rank, world_size=world, timeout=timedelta(seconds=20))
+        AcceleratorState._reset_state(True)
+        for seed in (random.seed,np.random.seed,torch.manual_seed): seed(rank)
+        try:
+            scenarios[name][0](rank, world)
+            res[name] = ''
+        except BaseException: res[name] = traceback.format_exc()
+        dist.destroy_process_group()
+    (folder/f'report_{world}_{rank}.json').write_text(json.dumps(res))
+
+# every modifier
+
+def net():
+    "Every rank starts from weights of its own, as nobody has set a seed"
+    return nn.Sequential(nn.Conv2d(3,8,3,padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8,8,3,padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8,16), nn.ReLU(), nn.Linear(16,2))
+
+def learner(model=None, n_trn=8, opt_func=partial(SGD, mom=.9), **kwargs):
+    return tiny_learner(net() if model is None else model, opt_func, lr=.02, dls=tiny_dls(n_trn, 4, (3,6,6)), **kwargs)
+
+gmp = partial(GMPruningModifier, 0., .6, 0., 1.5, .25)
+modifiers_of = dict(
+    gmp = lambda: [gmp()],
+    from_param = lambda: [GMPruningModifier('__FROM_PARAM__', {.6:'0.weight', .7:['7.weight','module.9.weight']}, .25, 1.5, .25)],
+    global_magnitude = lambda: [GlobalMagnitudePruningModifier(.1, .8, 0., 1.5, .25)],
+    two_to_four = lambda: [GMPruningModifier(0., .5, 0., 1.5, .25, params=['3','7'], mask_type='2:4')],
+    blocks = lambda: [MagnitudePruningModifier(0., .5, 0., 1.5, .25, params=['7'], mask_type='block4')],
+    acdc = lambda: [ACDCPruningModifier(.6, 0., 2., .5)],
+    constant = lambda: [ConstantPruningModifier()],
+    SET = lambda: [SETPruningModifier(.6, 0., 1.5, .25)],
+    SNFS = lambda: [SNFSPruningModifier(.6, 0., 1.5, .25)],
+    RigL = lambda: [RigLPruningModifier(.6, 0., 1.5, .25, num_grads=2)],
+    RigL_later = lambda: [RigLPruningModifier(.6, .5, 1.5, .25)],
+    GraNet = lambda: [GraNetPruningModifier(.3, .7, 0., 1.5, .25)],
+    SRigL = lambda: [SRigLPruningModifier(.6, 0., 1.5, .25)],
+    SET_nm = lambda: [SETPruningModifier(.5, 0., 1.5, .25, params=['3','7'], mask_type='2:4')],
+    TopKAST = lambda: [TopKASTPruningModifier(.7, .4, 0., 1.5, .25)],
+    powerpropagation = lambda: [PowerpropagationModifier(0., 2., alpha=2.), gmp()],
+    movement = lambda: [MovementPruningModifier(0., .6, 0., 1.5, .25)],
+    OBS = lambda: [OBSPruningModifier(0., .6, 0., 1.5, .25, num_grads=4)],
+    MFAC = lambda: [MFACPruningModifier(0., .6, 0., 1.5, .25, num_grads=4)],
+    QAT = lambda: [gmp(), QuantizationModifier(.5, disable_quantization_observer_epoch=1.25, freeze_bn_stats_epoch=1.25)],
+    QAT_calibrated = lambda: [QuantizationModifier(.5, num_calibration_steps=2)],
+    channels = lambda: [StructuredPruningModifier(0., .5, 0., 1., .25)],
+    thinned = lambda: [StructuredPruningModifier(0., .5, 0., 1., .25), LayerThinningModifier(update_epochs=[1.25])],
+    thinned_last = lambda: [StructuredPruningModifier(0., .5, 0., 1., .25), LayerThinningModifier()],
+    without_layer = lambda: [LayerPruningModifier('3', .5, 1.5)],
+    distilled = lambda: [gmp(), DistillationModifier(.5)],
+    distilled_by_layer = lambda: [gmp(), PerLayerDistillationModifier(student_layer_names=['3'], teacher_layer_names=['0'], teacher=other_net())],
+    learning_rate = lambda: [gmp(), SetLearningRateModifier(.05, start_epoch=0., end_epoch=.5), LearningRateFunctionModifier('linear', .05, .01, start_epoch=.5, end_epoch=2.), SetWeightDecayModifier(.1, .5)],
+    frozen = lambda: [TrainableParamsModifier('7', False, start_epoch=.5, end_epoch=1.5, params_strict=True), gmp()],
+    unfrozen = lambda: [TrainableParamsModifier('7', False, start_epoch=0., end_epoch=1.), gmp()],
+    set_values = lambda: [SetParamModifier('9.bias', .5, start_epoch=.5), GradualParamModifier('7.bias', 0., 1., .5, 1.5, .25)])
+
+def other_net():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3,5,3,padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5,2))
+
+def distributed(learn, broadcasts=True): return learn.distrib_ctx(sync_bn=False, cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=broadcasts)])
+
+def _trains(name, rank, world, broadcasts, accumulates=False):
+    learn = learner(n_trn=4*world)
+    if name=='constant': sparsify_model(learn.model, .6, enforce_masks=False)
+    with distributed(learn, broadcasts): learn.fit(2, cbs=[*modifiers_of[name](), Agreement(), *([GradientAccumulation(8)] if accumulates else [])])
+    assert violations(learn.model, learn.opt)==[]
+    if name.startswith('thinned'): assert learn.model[0].out_channels==4
+    elif masked_params(learn.model): assert measured_sparsity(learn.model)>.2
+
+def _grid(world, names, broadcasts, accumulates=False):
+    for name in names:
+        def scenario(rank, world, name=name): _trains(name, rank, world, broadcasts, accumulates)
+        scenarios[f"{name}{'' if broadcasts else ', no broadcasts'}{', accumulated' if accumulates else ''} [{world}]"] = scenario,world
+
+_grid(2, modifiers_of, False)
+_grid(2, ['gmp','constant','SET','RigL','TopKAST','OBS','QAT','channels','thinned','unfrozen'], True)
+_grid(2, ['SET','RigL','SNFS','movement','MFAC','distilled'], False, True)
+_grid(4, ['SET','RigL','global_magnitude','MFAC','QAT','thinned'], False)
+
+# the test
+
+def run_ranks(names, folder):
+    "Every scenario in the processes that it asks for; they are forks of one, as imports take longer than most scenarios"
+    for world in sorted({scenarios[n][1] for n in names}):
+        mine,pids = [n for n in names if scenarios[n][1]==world],[]
+        for rank in range(world):
+            pid = os.fork()
+            if not pid:
+                try: _rank(rank, world, mine, folder)
+                finally: os._exit(0)
+            pids.append(pid)
+        for p in pids: os.waitpid(p, 0)
+
+@pytest.fixture(scope='module')
+def reports(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('ranks')
+    names = [i.callspec.params['name'] for i in request.session.items if i.fspath==Path(__file__) and getattr(i, 'callspec', None)]
+    done = subprocess.run([sys.executable, '-W', 'ignore', __file__, folder, *names], capture_output=True, text=True, timeout=600)
+    return {f.stem:json.loads(f.read_text()) for f in folder.glob('report_*.json')},done.stderr
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', scenarios)
+def test_ranks(name, reports):
+    found,stderr = reports
+    said = [found.get(f'report_{scenarios[name][1]}_{r}', {}).get(name, stderr or 'is missing') for r in range(scenarios[name][1])]
+    assert not any(said), '\n'.join(filter(None, said))
+
+if __name__=='__main__': run_ranks(sys.argv[2:] or list(scenarios), Path(sys.argv[1]))
