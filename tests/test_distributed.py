@@ -1,5 +1,6 @@
 "Several processes, each with data of its own: their masks and weights agree, bit for bit, after every step"
 import json,random,subprocess,sys,traceback,zlib
+from contextlib import contextmanager
 from datetime import timedelta
 import pytest
 from utils import *
@@ -57,8 +58,9 @@ def _rank(rank, world, names, folder):
         dist.init_process_group('gloo', init_method=f'file://{folder}/store_{world}_{i}', rank=rank, world_size=world, timeout=timedelta(seconds=20))
         AcceleratorState._reset_state(True)
         for seed in (random.seed,np.random.seed,torch.manual_seed): seed(rank)
+        (folder/f'{world}_{i}').mkdir(exist_ok=True)
         try:
-            scenarios[name][0](rank, world)
+            scenarios[name][0](rank, world, folder/f'{world}_{i}')
             res[name] = ''
         except BaseException: res[name] = traceback.format_exc()
         dist.destroy_process_group()
@@ -123,13 +125,99 @@ def _trains(name, rank, world, broadcasts, accumulates=False):
 
 def _grid(world, names, broadcasts, accumulates=False):
     for name in names:
-        def scenario(rank, world, name=name): _trains(name, rank, world, broadcasts, accumulates)
+        def scenario(rank, world, folder, name=name): _trains(name, rank, world, broadcasts, accumulates)
         scenarios[f"{name}{'' if broadcasts else ', no broadcasts'}{', accumulated' if accumulates else ''} [{world}]"] = scenario,world
 
 _grid(2, modifiers_of, False)
 _grid(2, ['gmp','constant','SET','RigL','TopKAST','OBS','QAT','channels','thinned','unfrozen'], True)
 _grid(2, ['SET','RigL','SNFS','movement','MFAC','distilled'], False, True)
 _grid(4, ['SET','RigL','global_magnitude','MFAC','QAT','thinned'], False)
+
+# checkpoints
+
+def shuffled_learner(folder):
+    "Every rank has a disk of its own"
+    torch.manual_seed(0)
+    random.seed(0)
+    x = torch.randn(64, 4)
+    dls = DataLoaders(DataLoader(Tensors(x, x[:,:2]), bs=4, shuffle=True, num_workers=0), DataLoader(Tensors(x[:8], x[:8,:2]), bs=4, num_workers=0))
+    model = nn.Sequential(nn.Linear(4,16), nn.Dropout(.2), nn.ReLU(), nn.Linear(16,16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16,2))
+    folder.mkdir(parents=True, exist_ok=True)
+    learn = tiny_learner(model, Adam, .01, folder, dls)
+    for seed in (random.seed,np.random.seed,torch.manual_seed): seed(dist.get_rank())
+    return learn
+
+@trusted
+class Promised(Callback):
+    "The sparsity in each batch is the one that the schedule has for this moment, whatever an epoch's number of batches is"
+    order,run_valid = 300,False
+    def after_batch(self):
+        pruner = self.learn.gm_pruning_modifier
+        due = max(0., min(1.5, math.floor((self.epoch+self.iter/self.n_iter)*4+1e-9)/4))
+        expected = pruner.sparsity_at(due, .1, .8)
+        assert abs(measured_sparsity(self.model, pruner._names)-expected)<.01, (self.epoch, self.iter, self.n_iter, due)
+
+def pruners(): return [GMPruningModifier(.1, .8, 0., 1.5, .25, params=['3']), RigLPruningModifier(.5, 0., 2., .25, params=['0'])]
+
+@contextmanager
+def alone():
+    "As if no others had been started"
+    was = {k:os.environ.pop(k) for k in ('RANK','WORLD_SIZE')}
+    try: yield
+    finally: os.environ.update(was)
+
+def fit_checkpointed(folder, processes, at=None, **kwargs):
+    "A fit in one process or in all, interrupted `at` a batch of an epoch"
+    learn = shuffled_learner(folder)
+    cbs = [*pruners(), Promised(), CheckpointCallback('cp', **{'every':1, **kwargs}), *([Interrupt('after_batch', *at)] if at else [])]
+    cbs += [Agreement()] if processes>1 else []
+    with distributed(learn) if processes>1 else alone():
+        until_interrupted(learn.fit_one_cycle, 3, .01, cbs=cbs) if at else learn.fit_one_cycle(3, .01, cbs=cbs)
+    return learn
+
+def _goes_on(folder, rank, before, now, at):
+    if before>1 or rank==0: fit_checkpointed(folder/str(rank), before, at)
+    dist.barrier()
+    assert rank==0 or not list((folder/str(rank)).rglob('*.pth'))  # only the first one writes
+    if now>1 or rank==0: learn = fit_checkpointed(folder/str(rank), now, resume=True)
+    dist.barrier()
+    return learn if now>1 or rank==0 else None
+
+@ranks(2)
+def goes_on_bit_for_bit(rank, world, folder):
+    whole = fit_checkpointed(folder/f'whole{rank}', 2)
+    for i,at in enumerate([(3,0),(7,0),(1,1),(5,2)]):
+        learn = _goes_on(folder/str(i), rank, 2, 2, at)
+        assert same(weights(whole.model), weights(learn.model)) and same(dict(whole.model.named_buffers()), dict(learn.model.named_buffers()) if not rank else dict(whole.model.named_buffers())), at
+
+@ranks(2)
+def goes_on_in_other_numbers_of_processes(rank, world, folder):
+    for before,now in ((2,1),(1,2)):
+        for i,at in enumerate([(2,0),(5,1),(16//before-1,1)]):
+            learn = _goes_on(folder/f'{before}{now}{i}', rank, before, now, at)
+            if learn is None: continue
+            n_iter = 16//now
+            done = min(math.ceil(at[0]*before/now), n_iter-1)
+            assert learn.train_iter==3*n_iter and math.isclose(learn.pct_train, 1.) and len(learn.recorder.values)==3
+            assert len(learn.recorder.lrs)==at[1]*16//before+at[0] + 3*n_iter-at[1]*n_iter-done
+            updates = [round(u.epoch, 6) for u in learn.recorder.mask_updates]
+            assert all(b-a>.2 for a,b in zip(updates, updates[1:])) and updates[-1]==1.75, updates
+            n = learn.model[0].weight_mask.count_nonzero().item()
+            assert n==32 and violations(learn.model, learn.opt)==[]
+
+@ranks(2)
+def ends_together(rank, world, folder):
+    "One process is told to stop; both end with the next checkpoint, and go on from there"
+    @trusted
+    class Told(Callback):
+        def after_batch(self):
+            if self.training and self.epoch==0 and self.iter==4 and rank==1: self.learn.checkpoint.stop()
+    learn = shuffled_learner(folder/str(rank))
+    with distributed(learn): until_interrupted(learn.fit_one_cycle, 3, .01, cbs=[*pruners(), Told(), CheckpointCallback('cp', every=3)])
+    assert learn.train_iter==6
+    learn = shuffled_learner(folder/str(rank))
+    with distributed(learn), pytest.raises(ValueError, match='holds checkpoints'): learn.fit(3, cbs=[*pruners(), CheckpointCallback('cp', every=3)])
+    assert fit_checkpointed(folder/str(rank), 2, resume=True).train_iter==24
 
 # the test
 

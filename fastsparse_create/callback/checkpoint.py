@@ -14,6 +14,7 @@ from fastai.callback.schedule import SkipToEpoch
 from .core import *
 from .dynamic import *
 from .state import *
+from ..distributed import *
 from ..files import *
 from ..masking import *
 from ..quantization.convert import *
@@ -21,18 +22,27 @@ from ..selection import unwrap_model
 from ..thinning import *
 
 # %% ../../nbs/19_callback.checkpoint.ipynb #0c1f126d
+def _shuffler(dl):
+    "Whose generator says in what order data comes: in several processes, the loader that is shared out"
+    return vars(dl).get('dl', dl)
+
 def _random_states(dl):
-    numpy = np.random.get_state()
+    numpy,dl = np.random.get_state(),_shuffler(dl)
     return dict(python=random.getstate(), numpy=[numpy[0],torch.from_numpy(numpy[1].astype(np.int64)),*numpy[2:]], torch=torch.get_rng_state(),
                 cuda=torch.cuda.get_rng_state_all(), loader=dl.rng.getstate() if hasattr(dl, 'rng') else None)
 
-def _set_random_states(states, dl):
+def _set_random_states(everybodys, rank, dl):
+    "Go on with the numbers of this rank; one that wasn't there draws others than the one whose place it takes"
+    states,dl = everybodys[rank%len(everybodys)],_shuffler(dl)
     random.setstate(states['python'])
     name,keys,*rest = states['numpy']
     np.random.set_state((name,keys.numpy().astype(np.uint32),*rest))
     torch.set_rng_state(states['torch'].cpu())
     if torch.cuda.is_available() and len(states['cuda'])==torch.cuda.device_count(): torch.cuda.set_rng_state_all([s.cpu() for s in states['cuda']])
     if states['loader'] is not None and hasattr(dl, 'rng'): dl.rng.setstate(states['loader'])
+    if rank<len(everybodys): return
+    own = random.getrandbits(31)^rank
+    for seed in (random.seed,np.random.seed,torch.manual_seed): seed(own)
 
 # %% ../../nbs/19_callback.checkpoint.ipynb #746dc43d
 def _optimizer_state(opt):
@@ -79,7 +89,9 @@ def _load_model(learn, state, averages):
         if masks: attach_masks(inner, masks)
         inner.load_state_dict(s)
 
-def _is_kept(cb): return not isinstance(cb, (Recorder,CheckpointCallback,_Resume,TrainEvalCallback,ProgressCallback))
+def _is_kept(cb):
+    not_kept = (Recorder,CheckpointCallback,_Resume,TrainEvalCallback,ProgressCallback)
+    return not isinstance(cb, not_kept) and type(cb).__name__!='DistributedTrainer'  # fastai has it only where Accelerate is installed
 
 def _tags(learn): return [repr(cb) for cb in learn.cbs if isinstance(cb, Modifier)]
 
@@ -92,7 +104,7 @@ def _read(file):
     except Exception as e: raise ValueError(f"{file}: is damaged, {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}") from e
     raise ValueError(f"{file}: is damaged in {bad!r}")
 
-def _files(folder): return sorted(folder.glob('fit_*_step_*.pth')) if folder.is_dir() else []
+def _files(folder): return sorted(folder.glob('fit_*_epoch_*.pth')) if folder.is_dir() else []
 
 def latest_checkpoint(folder, # Of a `CheckpointCallback`
                      )->dict: # None: there is none
@@ -104,6 +116,13 @@ def latest_checkpoint(folder, # Of a `CheckpointCallback`
     if files: raise ValueError(f"{folder}: none of its {len(files)} checkpoints can be read")
 
 # %% ../../nbs/19_callback.checkpoint.ipynb #3a83bde1
+def _on_clock(state, n_iter):
+    "A checkpoint as this fit counts: in other numbers of processes an epoch has other numbers of batches"
+    if state['n_iter']==n_iter: return {**state, 'recounts':False}
+    iter = min(math.ceil(state['iter']*n_iter/state['n_iter']), n_iter-1)
+    train_iter = state['epoch']*n_iter+iter
+    return {**state, 'recounts':True, 'n_iter':n_iter, 'iter':iter, 'train_iter':train_iter, 'pct_train':train_iter/(n_iter*state['n_epoch'])}
+
 class _Rest:
     "What is left of an epoch's batches"
     def __init__(self, dl, done, then): store_attr()
@@ -161,30 +180,51 @@ class CheckpointCallback(TrainingCallback):
     def begin(self)->dict: # What to go on from; None: begin at the beginning
         "Called when a fit starts, before other callbacks learn of it"
         self._fits,self._state,self._due = self._fits+1,None,False
-        if self._fits==0 and _files(self.folder) and not self.resume:
-            raise ValueError(f"CheckpointCallback: {self.folder} holds checkpoints: pass resume=True to go on from there, or name another folder")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        state = latest_checkpoint(self.folder) if self.resume else None
+        state = self._found()
         if state is None or state['fit']<self._fits: return
         if state['fit']>self._fits: raise CancelFitException()  # a later fit was the one that was interrupted
         self._check(state)
+        state = _on_clock(state, len(self.dls.train))
         _load_model(self.learn, state['model'], state['averages'])
         logger.info(f"CheckpointCallback: goes on from epoch {state['epoch']+state['iter']/state['n_iter']:.4g} of {self.n_epoch}")
         self._state = state
         return state
+
+    @property
+    def _rank(self):
+        ddp = ddp_of(self.learn.model)
+        return rank_distrib() if ddp is None else torch.distributed.get_rank(ddp.process_group)
+
+    def _found(self):
+        "The checkpoint in the folder of the first rank: the others may be on machines that don't have it"
+        ddp,found = ddp_of(self.learn.model),None
+        if ddp is None: return self._look()
+        if not self._rank:
+            try: found = self._look()
+            except ValueError as e: found = str(e)
+        found = from_first_rank(ddp, found)
+        if isinstance(found, str): raise ValueError(found)
+        return found
+
+    def _look(self):
+        if self._fits==0 and _files(self.folder) and not self.resume:
+            raise ValueError(f"CheckpointCallback: {self.folder} holds checkpoints: pass resume=True to go on from there, or name another folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return latest_checkpoint(self.folder) if self.resume else None
 
     def _check(self, state):
         own,saved = _tags(self.learn),state['modifiers']
         if [o.split('(')[0] for o in own]!=[o.split('(')[0] for o in saved]: raise ValueError(f"CheckpointCallback: {self.folder}: the checkpoint was made with {saved or 'no modifiers'}, this fit has {own or 'none'}")
         here = dict(n_epoch=self.n_epoch, n_iter=len(self.dls.train))
         for k,what in (('n_epoch','epochs'),('n_iter','batches in an epoch')):
-            if state[k]!=here[k]: raise ValueError(f"CheckpointCallback: {self.folder}: the checkpoint was made in a fit of {state[k]} {what}, this one has {here[k]}")
+            is_shared_out = k=='n_iter' and len(state['random'])!=n_processes(self.learn.model)
+            if state[k]!=here[k] and not is_shared_out: raise ValueError(f"CheckpointCallback: {self.folder}: the checkpoint was made in a fit of {state[k]} {what}, this one has {here[k]}")
 
     def before_train(self):
         self._at_start,done = _random_states(self.dls.train),0
         if self._state is not None: done = self.restore()
         self._in_epoch = True
-        if done: self.learn.dl = _Rest(self.dl, done, partial(_set_random_states, self._rest_random, self.dls.train))
+        if done: self.learn.dl = _Rest(self.dl, done, partial(_set_random_states, self._rest_random, self._rank, self.dls.train))
 
     def restore(self)->int: # Batches of this epoch that are done
         "Let everybody know what they knew"
@@ -196,20 +236,22 @@ class CheckpointCallback(TrainingCallback):
         _load_gradients(unwrap_model(learn.model), state['gradients'])
         kept = [cb for cb in learn.cbs if _is_kept(cb)]
         for cb,(name,s) in zip(kept, state['callbacks']):
-            if type(cb).__name__==name: restore_noted(cb, s, state['n_iter'], device)
+            if type(cb).__name__==name: restore_noted(cb, s, state['n_iter'], device, state['recounts'])
         for cb in kept:
             if getattr(cb, 'scaler', None) is not None and state['scaler'] is not None: cb.scaler.load_state_dict(state['scaler'])
         _load_recorder(learn.recorder, state['recorder'], device)
         learn.train_iter,learn.pct_train,learn.smooth_loss = state['train_iter'],state['pct_train'],learn.recorder.smooth_loss.value
         if hasattr(learn, 'mask_enforcer'): learn.mask_enforcer.refresh()
-        self._at_start,self._rest_random = state['random_at_start'] if state['iter'] else state['random'],state['random']
-        _set_random_states(self._at_start, self.dls.train)
+        if ddp_of(learn.model) is not None: rebuild_(ddp_of(learn.model))
+        at_start,self._rest_random = state['random_at_start'] if state['iter'] else state['random'],state['random']
+        _set_random_states(at_start, self._rank, self.dls.train)
+        self._at_start = _random_states(self.dls.train)
         return state['iter']
 
     def after_batch(self):
         step = self.epoch*self.n_iter+self.iter+1
         n = self.every if isinstance(self.every, int) else max(1, round(self.every*self.n_iter))
-        self._due |= step%n==0 or self._stops
+        self._due |= step%n==0 or self._stops_alone
         if self._due and self._stepped and self.iter+1<self.n_iter: self._save(self.epoch, self.iter+1)
         self._stepped = False
 
@@ -219,23 +261,30 @@ class CheckpointCallback(TrainingCallback):
     def after_epoch(self):
         if not self._in_epoch: return
         self._in_epoch = False
-        if self._due or self._stops or self.epoch+1==self.n_epoch: self._save(self.epoch+1, 0)
+        if self._due or self._stops_alone or self.epoch+1==self.n_epoch: self._save(self.epoch+1, 0)
+
+    @property
+    def _stops_alone(self):
+        "Need nobody else be asked?"
+        return self._stops and n_processes(self.learn.model)==1
 
     def stop(self)->bool: # Is there a fit to stop?
-        "Save at the next chance, and end with `KeyboardInterrupt`"
+        "Save at the next chance, and end with `KeyboardInterrupt`; several processes end together, with the next checkpoint that is due"
         self._stops = self._in_epoch
         return self._stops
 
     def _save(self, epoch, iter):
-        self._due = False
-        if not rank_distrib():
-            self._write(epoch, iter)
+        self._due,ddp = False,ddp_of(self.learn.model)
+        own = dict(at_start=self._at_start, now=_random_states(self.dls.train), stops=self._stops)
+        everybodys = [own] if ddp is None else from_all_ranks(ddp, own)
+        if not self._rank:
+            self._write(epoch, iter, everybodys)
             for f in _files(self.folder)[:-self.keep]: f.unlink()
-        if self._stops:
+        if any(o['stops'] for o in everybodys):
             self._stops = False
             raise KeyboardInterrupt
 
-    def _write(self, epoch, iter):
+    def _write(self, epoch, iter, everybodys):
         learn,inner = self.learn,unwrap_model(self.model)
         kept = [cb for cb in learn.cbs if _is_kept(cb)]
         scaler = first(cb.scaler for cb in kept if getattr(cb, 'scaler', None) is not None)
@@ -243,5 +292,5 @@ class CheckpointCallback(TrainingCallback):
         state = dict(**clock,
             model=inner.state_dict(), averages=[m.state_dict() for m in averaged_models(learn)], notes=model_notes(learn.model), gradients=_gradients(inner),
             optimizer=_optimizer_state(learn.opt), scaler=scaler and scaler.state_dict(), callbacks=[(type(cb).__name__,noted(cb)) for cb in kept], recorder=_recorder_state(learn.recorder),
-            random_at_start=self._at_start, random=_random_states(self.dls.train), modifiers=_tags(learn))
-        with atomic_path(self.folder/f'fit_{self._fits:02}_step_{epoch*state["n_iter"]+iter:09}.pth') as tmp: torch.save(state, tmp)
+            random_at_start=[o['at_start'] for o in everybodys], random=[o['now'] for o in everybodys], modifiers=_tags(learn))
+        with atomic_path(self.folder/f'fit_{self._fits:02}_epoch_{epoch+iter/state["n_iter"]:012.7f}.pth') as tmp: torch.save(state, tmp)

@@ -141,7 +141,6 @@ class Modifier(TrainingCallback):
     "Changes training between `start_epoch` and `end_epoch`; a subclass is a recipe tag of its own name"
     replays = True # Does a resumed fit repeat the last update that it skipped?
     takes_shards = False # Does it leave parameters alone, so that each process may have a part of them?
-    counters = () # Attributes that count batches of this fit
     def __init_subclass__(cls, abstract=False, **kwargs):
         super().__init_subclass__(**kwargs)
         if not abstract: modifiers[cls.__name__] = cls
@@ -206,6 +205,11 @@ class Modifier(TrainingCallback):
         "Plan the ticks that are still to come"
         plan = self.ticks(n_iter, self._done+self.n_epoch, self._done)
         self._plan = sorted((b,e) for b,e in plan.items() if self._is_ahead(b, e, resumed, n_iter))
+
+    def recount(self,
+                epoch:float, # Epochs trained, over all fits
+               ):
+        "Called where a fit goes on whose epochs had another number of batches: whoever counts those begins anew"
 
     def _is_ahead(self, batch, epoch, resumed, n_iter):
         return epoch>self._last if resumed is None else self.replays or batch>=resumed*n_iter

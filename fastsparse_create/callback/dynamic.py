@@ -80,7 +80,6 @@ class MaskUpdate:
 # %% ../../nbs/15a_callback.dynamic.ipynb #7d679048
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
-    counters = '_steps','_next','_unit','_n_gathered'
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
                  params, sparse_init_f, mask_type, seed, start_epoch=-1., end_epoch=-1., update_frequency=-1., leave_enabled=True):
         super().__init__(params, start_epoch, end_epoch, update_frequency, leave_enabled)
@@ -189,14 +188,18 @@ class DropAndGrow(PruningModifier, abstract=True):
 
     def fit_starts(self):
         super().fit_starts()
-        self._gathered,self._is_due,self._is_accumulating,self._steps = {},False,False,self._steps_before(self.resumed_at or 0)
-        self._unit = self._every if isinstance(self._every, int) else self._every*len(self.dls.train)
-        self._n_gathered = self.num_grads*(1 if isinstance(self._every, int) else self._batches_a_step())
-        self._next = self._next_update(self._clock(self._done+(self.resumed_at or 0)))
+        self._gathered,self._is_due,self._is_accumulating = {},False,False
+        self.recount(self._done+(self.resumed_at or 0))
         start,end = self.window
         if self._fraction and self._first_update()>=(min(end, self._done+self.n_epoch)-start)*len(self.dls.train)-1e-6:
             logger.warning(f"{type(self).__name__}: connections stay as they are, the first update (every={self._every}) lies after the last moment for one")
         if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates = []
+
+    def recount(self, epoch):
+        self._steps = self._steps_before(epoch-self._done)
+        self._unit = self._every if isinstance(self._every, int) else self._every*len(self.dls.train)
+        self._n_gathered = self.num_grads*(1 if isinstance(self._every, int) else self._batches_a_step())
+        self._next = self._next_update(self._clock(epoch))
 
     def _first_update(self):
         "Batches before that of the first update"
@@ -207,11 +210,11 @@ class DropAndGrow(PruningModifier, abstract=True):
         accumulation = next((cb for cb in self.learn.cbs if isinstance(cb, GradientAccumulation)), None)
         return math.ceil(accumulation.n_acc/self.dls.train.bs) if accumulation else 1
 
-    def _steps_before(self, epoch): return epoch*len(self.dls.train)//self._batches_a_step()
+    def _steps_before(self, epoch): return math.ceil(epoch*len(self.dls.train)-1e-6)//self._batches_a_step()
 
     def _clock(self, epoch):
         "What `every` counts, since the window opened: optimizer steps, or batches"
-        return self._steps if isinstance(self._every, int) else round((epoch-self.window[0])*len(self.dls.train))
+        return self._steps if isinstance(self._every, int) else math.ceil((epoch-self.window[0])*len(self.dls.train)-1e-6)
 
     def _next_update(self, clock):
         "The next update falls on the first multiple of `every` from `clock` on; if it follows a step, it is planned for that step"

@@ -54,9 +54,11 @@ def restore_noted(cb, # A callback whose fit has begun
                   state:dict, # From `noted`
                   n_iter:int, # Batches in an epoch
                   device, # Where tensors go
+                  recounts:bool=False, # Had an epoch another number of batches?
                  ):
     "Let a callback know what it had noted"
     vars(cb).update(from_data(state, device))
+    if recounts and isinstance(cb, Modifier): cb.recount(cb._position)
     if isinstance(cb, QuantizationModifier) and is_quantized(cb.model): cb.go_on()
     if isinstance(cb, Modifier): cb.plan_fit(n_iter)
 

@@ -43,7 +43,7 @@ class NeedsExample:
         "Let all ranks look at the example and the buffers of the first one, so that they see the same"
         ddp = ddp_of(self.model)
         if ddp is None: return
-        self._example = from_first_rank(ddp, self._example)
+        self._example = to_device(from_first_rank(ddp, self._example), next(ddp.parameters()).device)
         first_rank_(ddp, ddp.module.buffers())
 
     def after_train(self):

@@ -17,6 +17,7 @@ from fastai.callback.fp16 import MixedPrecision
 from ..callback.core import *
 from ..callback.quantization import *
 from ..callback.state import *
+from ..distributed import *
 from ..masking import *
 from ..quantization.convert import *
 from ..selection import unwrap_model
@@ -325,26 +326,26 @@ class LoopManager:
 
     def state_dict(self)->dict:
         "The clock, what callbacks have noted, and which layers are quantized; masks are in the model's own `state_dict`"
-        return dict(steps=self.steps, steps_per_epoch=self.steps_per_epoch, pct_train=self.learn.pct_train, **model_notes(self.model),
+        return dict(steps=self.steps, steps_per_epoch=self.steps_per_epoch, processes=n_processes(self.model), pct_train=self.learn.pct_train, **model_notes(self.model),
                     cbs=[(type(cb).__name__, noted(cb)) for cb in self.cbs])
 
     def load_state_dict(self,
                         state:dict, # From `state_dict`
                        ):
-        "Go on where `state` was taken; model and optimizer are loaded beside it, before or after (after, if the model is quantized)"
+        "Go on where `state` was taken, in as many processes or others; model and optimizer are loaded beside it, before or after (after, if the model is quantized)"
         self._check_state(state)
         restore_notes(self.model, state)
-        self.steps = state['steps']
+        self.steps = round(state['steps']*self.steps_per_epoch/state['steps_per_epoch'])
         self._open_epoch()
         self.learn.train_iter,self.learn.pct_train = self.steps,state['pct_train']
         device = next(self.model.parameters()).device
-        for cb,(_,state_of_cb) in zip(self.cbs, state['cbs']): restore_noted(cb, state_of_cb, self.steps_per_epoch, device)
+        for cb,(_,state_of_cb) in zip(self.cbs, state['cbs']): restore_noted(cb, state_of_cb, self.steps_per_epoch, device, state['steps_per_epoch']!=self.steps_per_epoch)
 
     def _check_state(self, state):
         own,saved = [type(cb).__name__ for cb in self.cbs],[n for n,_ in state['cbs']]
         if self._in_epoch: raise RuntimeError("load_state_dict: the loop has begun already, load before the first forward pass")
         if own!=saved: raise ValueError(f"load_state_dict: the state is that of {saved}, this manager has {own}")
-        if state['steps_per_epoch']!=self.steps_per_epoch:
+        if state['steps_per_epoch']!=self.steps_per_epoch and state['processes']==n_processes(self.model):
             raise ValueError(f"load_state_dict: the state has {state['steps_per_epoch']} steps_per_epoch, this loop {self.steps_per_epoch}")
 
 # %% ../../nbs/25_create.manager.ipynb #20f8c244
