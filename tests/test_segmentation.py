@@ -124,7 +124,7 @@ def test_few_broken_images_are_skipped_and_told(tmp_path):
     (lambda r: Image.new('L', (48,64)).save(r/'masks'/'val'/'val0.png'), 'a mask of 48x64 pixels, but its image has 64x48'),
     (lambda r: (r/'classes.txt').write_bytes(b'caf\xe9\n'), 'classes.txt: is not UTF-8'),
     (lambda r: (r/'classes.txt').write_text('a\na\n'), "the name 'a' is there twice"),
-    (lambda r: (r/'data.yaml').write_text('train: ['), 'data.yaml: is no YAML'),
+    (lambda r: (r/'data.yaml').write_text('train: ['), 'data.yaml, line 1: no valid YAML'),
 ])
 def test_masks_that_cannot_be_trained_with(spoil, said, masks, tmp_path, capsys):
     root = tmp_path/'x'

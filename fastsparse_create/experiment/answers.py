@@ -65,7 +65,7 @@ def _start(answer, start, context, where):
     "Where an answer stands in its context"
     if start in (None,''): start = context.find(answer)
     try: start = int(start)
-    except (TypeError,ValueError): raise ValueError(f"{where}: answer_start must be a whole number, got {start!r:.60}") from None
+    except (TypeError,ValueError,OverflowError): raise ValueError(f"{where}: answer_start must be a whole number, got {start!r:.60}") from None
     found = next((s for s in (start,start-1,start-2,start+1,start+2) if s>=0 and context[s:s+len(answer)]==answer), None)
     if found is None: raise ValueError(f"{where}: the answer {answer!r:.60} isn't in its context" + (f" at {start}" if start>=0 else ''))
     return found

@@ -7,11 +7,13 @@ __all__ = ['Labelled', 'class_names', 'find_labelled', 'look_at_images', 'sample
            'read_label_lines']
 
 # %% ../../nbs/40a_experiment.layout.ipynb #38f76194
-import math,random,statistics,yaml
+import math,random,statistics
+from collections import Counter
 from dataclasses import dataclass,replace
 from fastai.vision.all import *
 from .data import *
 from .data import _first_named,_grey_modes,_train_names,_valid_names
+from ..recipe.loader import load_yaml
 
 # %% ../../nbs/40a_experiment.layout.ipynb #9051dad3
 @dataclass(frozen=True)
@@ -25,24 +27,26 @@ class Labelled:
     split:str # How `valid` was chosen, in words
     skipped:tuple = () # Images left out, as they can't be read
 
+_most_bytes = 10_000_000
+
 def _lines(file):
     "The lines of a text file; `ValueError` if it is no UTF-8"
+    if file.stat().st_size>_most_bytes: raise ValueError(f"{file}: has more than {_most_bytes:,} bytes")
     try: return file.read_text(encoding='utf-8-sig').splitlines()
     except UnicodeDecodeError as e: raise ValueError(f"{file}: is not UTF-8, at byte {e.start}") from e
 
 def _yaml_names(file, names):
     if isinstance(names, dict) and set(names)==set(range(len(names))): names = [names[i] for i in range(len(names))]
-    if not isinstance(names, list) or not names: raise ValueError(f"{file}: names must be a list of the classes' names, got {names!r}")
+    if not isinstance(names, list) or not names: raise ValueError(f"{file}: names must be a list of the classes' names, got {names!r:.80}")
     return [str(n) for n in names]
 
 def _unique(file, names):
-    twice = first(n for i,n in enumerate(names) if n in names[:i])
-    if twice is not None: raise ValueError(f"{file}: the name {twice!r} is there twice")
+    twice = first(n for n,k in Counter(names).items() if k>1)
+    if twice is not None: raise ValueError(f"{file}: the name {twice!r:.80} is there twice")
     return names
 
 def _read_yaml(file):
-    try: res = yaml.safe_load('\n'.join(_lines(file)))
-    except yaml.YAMLError as e: raise ValueError(f"{file}: is no YAML, {' '.join(str(e).split())}") from e
+    res = load_yaml('\n'.join(_lines(file)), str(file))
     if not isinstance(res, dict) or not {'train','names'}<=set(res): raise ValueError(f"{file}: must say train and names, and val where there is one")
     return res
 
@@ -75,9 +79,9 @@ def _key(root, file): return file.relative_to(root).with_suffix('').as_posix()
 def _pair(images, kinds, suffixes):
     "The images of a folder, and what holds their labels"
     if not images.is_dir(): raise ValueError(f"{images}: no such folder of images")
+    root = _labels_folder(images, kinds)
     files = sorted(f for f in get_image_files(images) if f.name[0]!='.')
     if not files: raise ValueError(f"{images}: holds no images")
-    root = _labels_folder(images, kinds)
     labels = {_key(root, f):f for f in sorted(root.rglob('*')) if f.suffix.lower() in suffixes and f.name not in ('classes.txt','README.txt') and f.name[0]!='.'}
     keys = {}
     for f in files:
@@ -90,7 +94,7 @@ def _pair(images, kinds, suffixes):
 
 def _in_yaml(file, config, key, base):
     value = config[key]
-    if not isinstance(value, str): raise ValueError(f"{file}: {key} must be the path of a folder, got {value!r}")
+    if not isinstance(value, str): raise ValueError(f"{file}: {key} must be the path of a folder, got {value!r:.80}")
     folder = base/value
     return folder if folder.is_dir() else _told(file, key, folder)
 

@@ -7,6 +7,7 @@ __all__ = ['record_readers', 'Record', 'read_text', 'read_records', 'Records', '
 
 # %% ../../nbs/40b_experiment.records.ipynb #579d2e86
 import csv,io
+from collections import Counter
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fastai.basics import *
@@ -44,23 +45,26 @@ def _object(value, where):
     if isinstance(value, dict): return Record(value, where)
     raise ValueError(f"{where}: expected an object like {{\"text\": \"...\", \"label\": \"...\"}}, got {value!r:.60}")
 
-def _json_line(line, where):
-    try: return json.loads(line)
-    except ValueError as e: raise ValueError(f"{where}: isn't valid JSON, {e.msg if isinstance(e, json.JSONDecodeError) else e}") from None
+def _parsed(text, file, line=1):
+    "The value of JSON that starts at a line of a file"
+    try: return json.loads(text)
+    except json.JSONDecodeError as e: line,why = line+e.lineno-1,e.msg
+    except ValueError as e: why = e  # a number of thousands of digits
+    except RecursionError: why = 'it is nested too deeply'
+    raise ValueError(f"{file}:{line}: isn't valid JSON, {why}")
 
 def _json_lines(text, file):
     lines = ((i,o) for i,o in enumerate(text.split('\n'), 1) if o.strip())
-    return [_object(_json_line(o, f'{file}:{i}'), f'{file}:{i}') for i,o in lines]
+    return [_object(_parsed(o, file, i), f'{file}:{i}') for i,o in lines]
 
 def _is_json_line(line):
-    try: return isinstance(json.loads(line), dict)
+    try: return isinstance(_parsed(line, ''), dict)
     except ValueError: return False
 
 def _json(text, file):
     head,_,rest = text.lstrip().partition('\n')
     if rest.strip() and _is_json_line(head): return _json_lines(text, file)
-    try: found = json.loads(text)
-    except json.JSONDecodeError as e: raise ValueError(f"{file}:{e.lineno}: isn't valid JSON, {e.msg}") from None
+    found = _parsed(text, file)
     if isinstance(found, dict) and isinstance(found.get('data'), list): found = found['data']
     return [_object(o, f'{file}, entry {i}') for i,o in enumerate(found if isinstance(found, list) else [found], 1)]
 
@@ -73,12 +77,12 @@ def _csv(text, file, delimiter=','):
         if row is None: return res
         if not row: continue
         if head is None: head = _csv_head([o.strip() for o in row], f'{file}:{start}')
-        elif len(row)!=len(head): raise ValueError(f"{file}:{start}: has {len(row)} fields, the first row names {len(head)}: {', '.join(head)}")
+        elif len(row)!=len(head): raise ValueError(f"{file}:{start}: has {len(row)} fields, the first row names {len(head)}: {', '.join(head):.300}")
         else: res.append(Record(dict(zip(head, row)), f'{file}:{start}'))
 
 def _csv_head(names, where):
-    twice = next((n for n in names if names.count(n)>1), None)
-    if twice is not None: raise ValueError(f"{where}: two columns are called {twice!r}; the first row has to name the columns")
+    twice = next((n for n,k in Counter(names).items() if k>1), None)
+    if twice is not None: raise ValueError(f"{where}: two columns are called {twice!r:.80}; the first row has to name the columns")
     return names
 
 record_readers = {'.jsonl':_json_lines, '.ndjson':_json_lines, '.json':_json, '.csv':_csv, '.tsv':partial(_csv, delimiter='\t')}
@@ -166,10 +170,10 @@ def find_column(columns, # Names of the columns that there are
     if given is not None:
         if given in columns: return given
         near = get_close_matches(given, columns, 1)
-        raise ValueError(f"{where}: has no column {given!r}{f', did you mean {near[0]!r}?' if near else ''}; its columns are {', '.join(columns)}")
+        raise ValueError(f"{where}: has no column {given!r}{f', did you mean {near[0]!r}?' if near else ''}; its columns are {', '.join(columns):.300}")
     lower = {c.lower():c for c in reversed(columns)}
     found = next((lower[n] for n in names if n in lower), None)
     if found is not None: return found
     near = next((m for n in names for m in get_close_matches(n, lower, 1)), None)
     meant = json.dumps({role:lower.get(near, '...')}, ensure_ascii=False)
-    raise ValueError(f"{where}: has no column {names[0]!r}; its columns are {', '.join(columns)}; name the one that is meant by train_kwargs: '{meant}'")
+    raise ValueError(f"{where}: has no column {names[0]!r}; its columns are {', '.join(columns):.300}; name the one that is meant by train_kwargs: '{meant}'")

@@ -75,10 +75,10 @@ def parse_kwargs(text, # A dict, or one as JSON or as a Python literal; None: em
     "A dict from text; runs no code"
     if text is None or isinstance(text, dict): return text or {}
     try: given = json.loads(text)
-    except ValueError:
+    except (ValueError,RecursionError):
         try: given = ast.literal_eval(text.strip())
         except (ValueError,SyntaxError,MemoryError,RecursionError): given = None
-    if not isinstance(given, dict): raise ValueError(f"""{name}: expected a dict like '{{"lr": 0.001}}', got {text!r}""")
+    if not isinstance(given, dict): raise ValueError(f"""{name}: expected a dict like '{{"lr": 0.001}}', got {text!r:.200}""")
     return given
 
 _accepted = {float:(int,float), int:(int,), bool:(bool,), str:(str,)}
@@ -90,13 +90,13 @@ def make_options(cls:type, # Dataclass of options
     known = {f.name:f for f in fields(cls)}
     for k,v in given.items():
         if k not in known:
-            near = get_close_matches(str(k), known, 1)
-            raise ValueError(f"train_kwargs: there is no {k!r}, {f'did you mean {near[0]!r}?' if near else 'but '+', '.join(known)}")
+            near = get_close_matches(str(k)[:80], known, 1)
+            raise ValueError(f"train_kwargs: there is no {k!r:.80}, {f'did you mean {near[0]!r}?' if near else 'but '+', '.join(known)}")
         f = known[k]
         if v is None and f.default is None: continue
-        if not isinstance(v, _accepted[f.type]) or isinstance(v, bool)!=(f.type is bool): raise ValueError(f"train_kwargs: {k} must be of type {f.type.__name__}, got {v!r}")
+        if not isinstance(v, _accepted[f.type]) or isinstance(v, bool)!=(f.type is bool): raise ValueError(f"train_kwargs: {k} must be of type {f.type.__name__}, got {v!r:.80}")
         low = f.metadata.get('low')
-        if low is not None and not low<=v<math.inf: raise ValueError(f"train_kwargs: {k} must be at least {low}, got {v!r}")
+        if low is not None and not low<=v<math.inf: raise ValueError(f"train_kwargs: {k} must be at least {low}, got {v!r:.80}")
     return cls(**given)
 
 def _number(default, low): return field(default=default, metadata={'low':low})

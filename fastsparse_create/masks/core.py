@@ -212,5 +212,5 @@ def get_mask_type(name, # A name, a list `[a, b]` of block sizes, or a function 
     for pattern,(_,factory) in _mask_types.items():
         if match := re.fullmatch(pattern, str(name)): return factory(*match.groups())
     names = [example for example,_ in _mask_types.values()]
-    near = get_close_matches(str(name), names, 1)
-    raise ValueError(f"mask_type: {name!r} is not known" + (f", did you mean {near[0]!r}?" if near else f"; accepted: {', '.join(names)}"))
+    near = get_close_matches(str(name)[:80], names, 1)
+    raise ValueError(f"mask_type: {name!r:.80} is not known" + (f", did you mean {near[0]!r}?" if near else f"; accepted: {', '.join(names)}"))
