@@ -16,7 +16,7 @@ from .sparse.inference import largest_difference
 from .sparse.linear import *
 
 # %% ../nbs/62_compact.ipynb #199e661a
-_convs,_norms = (nn.Conv1d,nn.Conv2d,nn.Conv3d),(nn.BatchNorm1d,nn.BatchNorm2d,nn.BatchNorm3d)
+_convs,_norms = (nn.Conv1d,nn.Conv2d,nn.Conv3d),(nn.BatchNorm1d,nn.BatchNorm2d,nn.BatchNorm3d,nn.SyncBatchNorm)
 _elementwise = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU,
                 nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.Hardtanh, nn.Hardsigmoid, nn.Hardswish, nn.Softplus, nn.Softsign, nn.LogSigmoid)
 _pools = tuple(getattr(nn, f'{o}{d}d') for o in ('MaxPool','AdaptiveAvgPool','AdaptiveMaxPool') for d in (1,2,3))

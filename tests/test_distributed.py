@@ -1,10 +1,13 @@
 "Several processes, each with data of its own: their masks and weights agree, bit for bit, after every step"
 import json,random,subprocess,sys,traceback,zlib
-from contextlib import contextmanager
+from contextlib import contextmanager,nullcontext
 from datetime import timedelta
 import pytest
 from utils import *
 import torch._dynamo,torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
@@ -12,6 +15,7 @@ from fastsparse_create.callback.distributed import *
 from fastai.callback.training import GradientAccumulation
 from fastsparse_create.all import *
 from fastsparse_create.create import *
+from fastsparse_create.distributed import *
 
 scenarios = {}
 
@@ -133,6 +137,168 @@ _grid(2, ['gmp','constant','SET','RigL','TopKAST','OBS','QAT','channels','thinne
 _grid(2, ['SET','RigL','SNFS','movement','MFAC','distilled'], False, True)
 _grid(4, ['SET','RigL','global_magnitude','MFAC','QAT','thinned'], False)
 
+# what the grid doesn't say
+
+@ranks(2)
+def masks_from_weights_of_each_rank(rank, world, folder):
+    "Every rank has masked its own weights, and nobody shares buffers: the first one's masks hold"
+    learn = learner()
+    sparsify_model(learn, .6)
+    first = everybodys(state_bits(learn.model)['mask of 3.weight'])
+    assert len(set(first))==world
+    with distributed(learn, False): learn.fit(1, cbs=Agreement())
+    assert bits(masked_params(learn.model)[1].mask)==first[0] and violations(learn.model, learn.opt)==[]
+
+def stored_net(): return nn.Sequential(nn.Flatten(), SparseLinear(108,16,.8), nn.ReLU(), SparseLinear(16,16,.5), nn.ReLU(), nn.Linear(16,2))
+
+@ranks(2)
+def stored_sparsely(rank, world, folder):
+    "Patterns move, and numbers of connections too: `DistributedDataParallel` goes on with what is there"
+    for make in (SET,RigL,SNFS,lambda **kw: SETPruningModifier(.8, 0., 2., .25, params=['module.1'])):
+        learn = learner(stored_net(), 16)
+        before = state_bits(learn.model)
+        with distributed(learn, False): learn.fit(2, cbs=[make(every=2), Agreement()])
+        assert before['mask of 1.weight']!=state_bits(learn.model)['mask of 1.weight'] and len(learn.recorder.mask_updates)>1
+
+@ranks(2)
+def learned_projections(rank, world, folder):
+    learn = learner()
+    distiller = modifiers_of['distilled_by_layer']()[1]
+    with distributed(learn): learn.fit(1, cbs=distiller)
+    a,b = everybodys([bits(w) for w in distiller._projections.values()])
+    assert len(a)==1 and a==b
+
+@ranks(2)
+def options_stay(rank, world, folder):
+    "The wrapper that looks again is the same object, with its options, hooks and `no_sync`"
+    seen = []
+    def hook(state, bucket):
+        seen.append(state)
+        return default_hooks.allreduce_hook(None, bucket)
+    model = net()
+    ddp = DDP(model, find_unused_parameters=True, broadcast_buffers=False, gradient_as_bucket_view=True, bucket_cap_mb=3)
+    ddp.register_comm_hook('here', hook)
+    with ddp.no_sync():
+        rebuild_(ddp)
+        ddp(torch.randn(4,3,6,6)).sum().backward()
+        assert not seen and not ddp.require_backward_grad_sync
+    ddp(torch.randn(4,3,6,6)).sum().backward()
+    assert set(seen)=={'here'} and ddp.find_unused_parameters and not ddp.broadcast_buffers and ddp.gradient_as_bucket_view and ddp.bucket_bytes_cap==3*2**20
+    assert len(set(everybodys([bits(p.grad) for p in model.parameters()][0])))==1
+
+# plain loops
+
+recipe_of_module = """
+modifiers:
+  - !EpochRangeModifier {start_epoch: 0, end_epoch: 2}
+  - !GMPruningModifier {init_sparsity: 0., final_sparsity: {.6: ['module.3.weight'], .5: ['re:module\\.7']}, start_epoch: 0., end_epoch: 1.5, update_frequency: .25}
+  - !TrainableParamsModifier {params: [module.9], trainable: false, start_epoch: .5, end_epoch: 1.}
+  - !QuantizationModifier {start_epoch: 1., ignore: [module.9], submodules: [module.3, module.7, module.9]}
+"""
+recipe_of_channels = """
+modifiers:
+  - !EpochRangeModifier {start_epoch: 0, end_epoch: 2}
+  - !StructuredPruningModifier {init_sparsity: 0., final_sparsity: .5, start_epoch: 0., end_epoch: 1., update_frequency: .25, param_groups: [[module.0.weight]], params: [module.0.weight]}
+  - !LayerThinningModifier {update_epochs: [1.25], param_group_dependency_map: {module.0.weight: []}}
+  - !LayerPruningModifier {layers: [module.8], start_epoch: .5}
+"""
+
+def loop(ddp, opt, rank, n_steps, accumulates=1):
+    "What everybody writes; every rank has data of its own"
+    g = torch.Generator().manual_seed(100+rank)
+    for step in range(n_steps):
+        for i in range(accumulates):
+            with ddp.no_sync() if i<accumulates-1 else nullcontext(): (ddp(torch.randn(4,3,6,6,generator=g)).square().mean()/accumulates).backward()
+        opt.step()
+        opt.zero_grad()
+        assert_agree(ddp, step)
+
+@ranks(2)
+def plain_loops(rank, world, folder):
+    for text,broadcasts in ((recipe_of_module,True),(recipe_of_channels,False)):
+        model = net()
+        ddp = DDP(model, broadcast_buffers=broadcasts)
+        opt = torch.optim.Adam(ddp.parameters(), .01)
+        manager = RecipeManager(text, ddp, opt, 8)
+        loop(ddp, opt, rank, 16)
+        manager.finalize()
+        assert violations(model, opt)==[]
+    assert model[0].out_channels==4 and isinstance(model[8], nn.Identity)
+
+@ranks(2,4)
+def initialized(rank, world, folder):
+    for pruning,variables in ((True,{}),('set',{}),('rigl',{}),('obs',dict(gradient_accumulation_steps=2))):
+        model = net()
+        ddp = DDP(model, broadcast_buffers=False)
+        opt = torch.optim.SGD(ddp.parameters(), .01, momentum=.9)
+        distills = bool(variables)
+        manager,opt = initialize(ddp, opt, 4, pruning=pruning, quantization=pruning is True, distillation=distills, recipe_variables=dict(num_epochs=4, init_lr=.01, params=['module.3.weight','module.7.weight'], **variables))
+        loop(ddp, opt, rank, 16, accumulates=2 if variables else 1)
+        manager.finalize()
+        assert {p.name for p in masked_params(model)}=={'3.weight','7.weight'} and violations(model, opt)==[] and measured_sparsity(model)>.7
+
+@ranks(2)
+def loops_go_on_in_other_numbers_of_processes(rank, world, folder):
+    "A loop of two processes, of which one goes on alone, and the other way round"
+    def _managed(wraps):
+        torch.manual_seed(0)
+        model = net()
+        ddp = DDP(model) if wraps else model
+        opt = torch.optim.SGD(ddp.parameters(), .01, momentum=.9)
+        return model,ddp,opt,LoopManager(ddp, opt, 4 if wraps else 8, 2, [RigLPruningModifier(.5, 0., 2., .25)])
+    for first in (True,False):
+        model,ddp,opt,manager = _managed(first)
+        n = 5 if first else 10
+        loop(ddp, opt, rank if first else 0, n)
+        state = [model.state_dict(),opt.state_dict(),manager.state_dict()]
+        masks = {p.name:p.mask.clone() for p in masked_params(model)}
+        model,ddp,opt,manager = _managed(not first)
+        attach_masks(model, list(masks))
+        for o,s in zip((model,opt,manager), state): o.load_state_dict(s)
+        assert manager.epoch==1.25 and manager.steps==(10 if first else 5)
+        loop(ddp, opt, 0 if first else rank, 2*manager.steps_per_epoch-manager.steps)
+        updates = [u.epoch for u in manager.recorder.mask_updates]
+        assert updates==[1.25,1.5,1.75], updates
+        manager.finalize()
+        if not first: assert_agree(model)
+
+# what is refused
+
+@ranks(2)
+def batch_norm_over_ranks(rank, world, folder):
+    "PyTorch's `SyncBatchNorm` wants GPUs, and says so; without it statistics are those of each rank"
+    learn = learner()
+    with pytest.raises(ValueError, match='SyncBatchNorm layers only work with GPU modules'):
+        with learn.distrib_ctx(cpu=True): learn.fit(1, cbs=[gmp()])
+
+@ranks(2)
+def fully_sharded(rank, world, folder):
+    "FSDP2 is refused by name, and nothing has changed"
+    mesh = init_device_mesh('cpu', (world,))
+    def _sharded():
+        model = net()
+        fully_shard(model, mesh=mesh)
+        return model
+    opt = lambda m: torch.optim.SGD(m.parameters(), .01)
+    named = r"sharded.*fully_shard \(FSDP2\).*use DistributedDataParallel"
+    refused = {n:mods for n,mods in modifiers_of.items() if n not in ('learning_rate',)}
+    for name,mods in refused.items():
+        model = _sharded()
+        keys,learn = set(vars(model)),learner(model)
+        with pytest.raises(ValueError, match=named): learn.fit(1, cbs=mods())
+        assert not any('_mask' in n for n,_ in model.named_buffers()) and keys==set(vars(model)), name
+        assert not is_quantized(model)
+    for call in (lambda m: sparsify_model(m, .5), attach_masks, lambda m: initialize(m, opt(m), 4), lambda m: RecipeManager(recipe_of_module, m, opt(m), 4)):
+        model = _sharded()
+        with pytest.raises(ValueError, match=named): call(model)
+        assert not list(n for n,_ in model.named_buffers() if '_mask' in n)
+    model = net()
+    sparsify_model(model, .5)
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(ValueError, match=r'FSDPSequential.*fully_shard \(FSDP2\).*make_permanent'): model(torch.randn(4,3,6,6))
+    learn = learner(_sharded())
+    learn.fit(1, cbs=[SetLearningRateModifier(.05), SetWeightDecayModifier(.1), EpochRangeModifier(0, 1)])
+
 # checkpoints
 
 def shuffled_learner(folder):
@@ -246,5 +412,18 @@ def test_ranks(name, reports):
     found,stderr = reports
     said = [found.get(f'report_{scenarios[name][1]}_{r}', {}).get(name, stderr or 'is missing') for r in range(scenarios[name][1])]
     assert not any(said), '\n'.join(filter(None, said))
+
+def test_what_follows_a_synchronized_batch_norm():
+    "`distrib_ctx` leaves `SyncBatchNorm` behind: channels go, layers are quantized and rows of zeros removed as with any other"
+    torch.manual_seed(0)
+    one = net()
+    other = nn.SyncBatchNorm.convert_sync_batchnorm(deepcopy(one))
+    assert isinstance(other[1], nn.SyncBatchNorm)
+    for model in (one,other): learner(model).fit(2, cbs=[*modifiers_of['thinned'](), QuantizationModifier(1.5)])
+    assert other[0].out_channels==4 and same(weights(one), weights(other)) and quantized_modules(one).keys()==quantized_modules(other).keys()
+    for model in (one,other): dequantize_(model), learner(model).fit(1, cbs=StructuredPruningModifier(0., .5, 0., 1., .25))
+    x = torch.randn(2,3,6,6)
+    (_,a),(_,b) = (compact(m, x) for m in (one,other))
+    assert a.rows==b.rows and any(r.status=='compacted' for r in a.rows)
 
 if __name__=='__main__': run_ranks(sys.argv[2:] or list(scenarios), Path(sys.argv[1]))

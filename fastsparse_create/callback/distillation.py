@@ -13,13 +13,14 @@ from contextlib import contextmanager
 from copy import deepcopy
 from fastai.basics import *
 from .core import *
+from ..distributed import *
 from ..files import *
 from ..masking import *
 from ..masking import _load_state
 from ..permutation.rules import call_model
 from ..quantization.convert import dequantize_
 from ..schedule import plan_ticks
-from ..selection import unwrap_model
+from ..selection import own_name,unwrap_model
 
 # %% ../../nbs/18_callback.distillation.ipynb #7bb3fad1
 def distillation_loss(student:Tensor, # Outputs before the softmax: `(..., classes)`, or `(batch, classes, height, width)`
@@ -209,7 +210,7 @@ def _chosen_layers(owner, arg, model, names):
     "Name -> layer; default: all convolutions and linear layers"
     modules = dict(unwrap_model(model).named_modules())
     if names is None: return {n:m for n,m in modules.items() if isinstance(m, (nn.Linear,nn.modules.conv._ConvNd))}
-    return {check_choice(owner, arg, n, modules):modules[n] for n in names}
+    return {check_choice(owner, arg, o, modules):modules[o] for o in (own_name(n, modules) for n in names)}
 
 def _least_squares(x, y):
     "The matrix that takes `x` nearest to `y`"
@@ -283,13 +284,20 @@ class PerLayerDistillationModifier(TeacherModifier):
 
     def _project(self, name, s, t, dim):
         s,t = (x.movedim(dim, -1).float() for x in (s, t))
-        if name not in self._projections: self._projections[name] = _least_squares(s.detach().flatten(0, -2), t.flatten(0, -2))
+        if name not in self._projections: self._projections[name] = self._fitted(s, t)
         return (s@self._projections[name].requires_grad_()).movedim(-1, dim)
+
+    def _fitted(self, s, t):
+        "All ranks begin with the projection of the first one, and learn the same"
+        w,ddp = _least_squares(s.detach().flatten(0, -2), t.flatten(0, -2)),ddp_of(self.model)
+        if ddp is not None: first_rank_(ddp, [w])
+        return w
 
     @torch.no_grad()
     def after_step(self):
         for w in self._projections.values():
             if w.grad is None: continue
+            if ddp_of(self.model) is not None: mean_over_ranks_(w.grad)
             w.sub_((w.grad*(.01*w.norm()/w.grad.norm())).nan_to_num_(0., 0., 0.))
             w.grad = None
 

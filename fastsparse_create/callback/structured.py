@@ -102,8 +102,9 @@ class StructuredPruningModifier(NeedsExample, GMPruningModifier):
     def choose(self):
         "What is known before the first batch"
         sites = named_sites(self.model)
+        listed = [[own_name(n, sites) for n in group] for group in self.param_groups or []]
         if self.param_groups is None: return [n for n in self._found if n in sites]
-        self._groups = _listed_groups(sites, self.param_groups, self.selected(), self.mask_type)
+        self._groups = _listed_groups(sites, listed, self.selected(), self.mask_type)
         for g in self._groups: self._full.setdefault(tuple(g.layers), g.size)
         return [n for n in sites if any(n in g.names for g in self._groups)]
 
@@ -260,7 +261,7 @@ class LayerThinningModifier(NeedsExample, Modifier):
 
     def _wanted(self, graph):
         "The groups that may be thinned"
-        names = [n.strip() for key in self.param_group_dependency_map or {} for n in key.split(',')]
+        names = [own_name(n.strip(), graph.shapes) for key in self.param_group_dependency_map or {} for n in key.split(',')]
         if not names: return graph.removable
         def sides(g): return {p.name for p in (g.made if self.structure_type=='filter' else g.read)}
         found = [g for g in graph.groups if sides(g) & set(names)]
@@ -345,7 +346,7 @@ def _matching_layers(model, layers):
     names = [n for n,_ in unwrap_model(model).named_modules() if n]
     found = []
     for o in [layers] if isinstance(layers, str) else layers:
-        matches = [n for n in names if re.match(o[3:], n)] if o.startswith('re:') else [n for n in names if n==o]
+        matches = [n for n in names if re.match(o[3:], n)] if o.startswith('re:') else [n for n in names if n==own_name(o, names)]
         if not matches: raise ValueError(f"LayerPruningModifier: layers: {o!r} is no layer of the model{_near(o.removeprefix('re:'), names)}")
         found += matches
     return [n for n in dict.fromkeys(found) if not any(n.startswith(f'{o}.') for o in found)]

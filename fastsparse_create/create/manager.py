@@ -335,7 +335,7 @@ class LoopManager:
         "Go on where `state` was taken, in as many processes or others; model and optimizer are loaded beside it, before or after (after, if the model is quantized)"
         self._check_state(state)
         restore_notes(self.model, state)
-        self.steps = round(state['steps']*self.steps_per_epoch/state['steps_per_epoch'])
+        self.steps = -(-state['steps']*self.steps_per_epoch//state['steps_per_epoch'])
         self._open_epoch()
         self.learn.train_iter,self.learn.pct_train = self.steps,state['pct_train']
         device = next(self.model.parameters()).device

@@ -21,7 +21,7 @@ from ..permutation.rules import call_model
 from .core import *
 from .layers import *
 from .placement import *
-from ..selection import matching,unwrap_model
+from ..selection import matching,own_name,unwrap_model
 from ..sparse.linear import LayerReport
 
 # %% ../../nbs/09d_quantization.convert.ipynb #8abe36a0
@@ -32,6 +32,7 @@ def _meant(where, entry, model):
     if entry.startswith('re:'):
         names = set(matching(entry, [n for n,_ in _named(model)], where))
         return {m for n,m in _named(model) if n in names}
+    entry = own_name(entry, [n for n,_ in _named(model)])
     return {c for n,m in _named(model) if entry in (n,type(m).__name__) for c in m.modules()}
 
 def _entries(where, given, model, strict):
