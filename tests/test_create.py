@@ -295,10 +295,16 @@ def test_another_learning_rate_is_told(lr, warns, caplog):
 
 def test_emptied_layers_are_told(caplog):
     model = net()
+    manager,opt = sparsify.create.initialize(model, sgd(model), n_iter, recipe_variables=dict(sparsity=.995, num_epochs=2, params='__ALL_PRUNABLE__', global_sparsity=False))
+    train(model, opt, 2)
+    assert caplog.text.count('no weight is left in 5.weight')==1
+
+def test_small_layers_are_not_cut_off():
+    model = net()
     with torch.no_grad(): model[-1].weight.mul_(1e-6)
     manager,opt = sparsify.create.initialize(model, sgd(model), n_iter, recipe_variables=dict(sparsity=.9, num_epochs=2, params='__ALL_PRUNABLE__'))
     train(model, opt, 2)
-    assert caplog.text.count('no weight is left in 5.weight')==1
+    assert n_zeros(model)['5.weight']==63 and sum(n_zeros(model).values())==round(.9*(192+384+64))
 
 def test_running_averages():
     from fastsparse_create.quantization.convert import quantize_like

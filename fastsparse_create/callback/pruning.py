@@ -66,7 +66,7 @@ class PruningModifier(Modifier, abstract=True):
 
     def _tell_of_empty(self):
         empty = [p.name for p in self._params if p.n_kept==0]
-        if empty and not self._told: logger.warning(f"{type(self).__name__}: no weight is left in {', '.join(empty)}, the model can't compute anything with it: a lower sparsity, global_sparsity false, or params without it would leave some")
+        if empty and not self._told: logger.warning(f"{type(self).__name__}: no weight is left in {', '.join(empty)}, the model can't compute anything with it: a lower sparsity, or params without it, would leave some")
         self._told |= bool(empty)
 
     def release(self):

@@ -168,14 +168,22 @@ def global_masks(scores:list, # Scores of each parameter
                  sparsity:float, # Share of all weights to mask, in [0,1]
                  mask_type:MaskType=Unstructured(), # Pattern of the masks
                 )->list: # Boolean masks of the shapes of `scores`
-    "Masks that share one `sparsity`: groups compete across parameters"
+    "Masks that share one `sparsity`: groups compete across parameters, and the best of each stays"
     pooled = [mask_type.pool(s) for s in scores]
     device,dtype = pooled[0].device,torch.promote_types(torch.float32, max((p.dtype for p in pooled), key=lambda d: d.itemsize))
     flat = torch.cat([torch.full_like(p, math.inf, device=device, dtype=dtype) if mask_type.protects(s.shape) else p.to(device, dtype)
                       for p,s in zip(pooled, scores)])
+    _keep_best(flat.split([len(p) for p in pooled]))
     n_zero,sizes = n_zeros(sum(s.numel() for s in scores), sparsity),_sizes(mask_type, scores)
     keep = keep_highest(flat, n_zero//sizes) if isinstance(sizes, int) else _cut_by_size(flat, sizes, n_zero)
     return [mask_type.spread(k.to(s.device), s.shape) for k,s in zip(keep.split([len(p) for p in pooled]), scores)]
+
+def _keep_best(parts):
+    "Put the best of each part above all others; NaN is left for others to refuse"
+    for p in parts:
+        if not len(p): continue
+        best = p.argmax() if p.is_cuda else p.numpy().argmax()  # NumPy is six times as fast
+        if not p[best].isnan(): p[best] = math.inf
 
 def _sizes(mask_type, scores):
     "Weights in each group of all parameters: a number if it is the same for all"
