@@ -2737,6 +2737,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'fastsparse_create/masking.py'),
                                            'fastsparse_create.masking._check_fit': ( 'masking.html#_check_fit',
                                                                                      'fastsparse_create/masking.py'),
+                                           'fastsparse_create.masking._check_values': ( 'masking.html#_check_values',
+                                                                                        'fastsparse_create/masking.py'),
                                            'fastsparse_create.masking._enforce_on_save': ( 'masking.html#_enforce_on_save',
                                                                                            'fastsparse_create/masking.py'),
                                            'fastsparse_create.masking._enforce_own': ( 'masking.html#_enforce_own',
