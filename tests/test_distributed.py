@@ -59,7 +59,7 @@ def _rank(rank, world, names, folder):
     torch.set_num_threads(1)
     res = {}
     for i,name in enumerate(names):
-        dist.init_process_group('gloo', init_method=f'file://{folder}/store_{world}_{i}', rank=rank, world_size=world, timeout=timedelta(seconds=20))
+        dist.init_process_group('gloo', init_method=f'file://{folder}/store_{world}_{i}', rank=rank, world_size=world, timeout=timedelta(seconds=60))
         AcceleratorState._reset_state(True)
         for seed in (random.seed,np.random.seed,torch.manual_seed): seed(rank)
         (folder/f'{world}_{i}').mkdir(exist_ok=True)
@@ -403,7 +403,7 @@ def run_ranks(names, folder):
 def reports(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp('ranks')
     names = [i.callspec.params['name'] for i in request.session.items if i.fspath==Path(__file__) and getattr(i, 'callspec', None)]
-    done = subprocess.run([sys.executable, '-W', 'ignore', __file__, folder, *names], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, '-W', 'ignore', __file__, folder, *names], capture_output=True, text=True, timeout=1200)
     return {f.stem:json.loads(f.read_text()) for f in folder.glob('report_*.json')},done.stderr
 
 @pytest.mark.slow
