@@ -9,7 +9,7 @@ __all__ = ['main']
 import argparse,errno,logging,shlex,signal,sys,threading,warnings
 from contextlib import contextmanager
 
-# %% ../nbs/45_cli.ipynb #a26ed3d1
+# %% ../nbs/45_cli.ipynb #3fa33abb
 class _Parser(argparse.ArgumentParser):
     def error(self, message): self.exit(2, f'{self.prog}: {message}\n')
 
@@ -28,7 +28,6 @@ def _common(p, levels):
     add('--model', help=_models)
     add('--data', help=_data)
     add('--optim-level', default='0.5', help=f'{levels}; 2 to 100 are percent (default: %(default)s)')
-    add('--target', default='any', help='where the model is to run. any: zeros anywhere and INT8, a small file; onnxruntime: whole channels removed and INT8, fast in ONNX Runtime; gpu: two of each four weights zero (2:4) and INT8 (default: %(default)s)')
     add('--eval-metric', help=_metrics)
     add('--train-kwargs', help=_train_kwargs)
     add('--train-samples', type=int, help='take so many of the examples for training')
@@ -44,6 +43,7 @@ def _parser():
         description='Train a dense model, then a sparse one from the same start, and write recipe, weights, metrics and a report into a new folder.')
     _common(aware, '0: dense only; below 0.3: INT8; 0.3 to 1: INT8 and 60%% to 95%% sparse')
     add = aware.add_argument
+    add('--target', default='any', help='where the model is to run. any: zeros anywhere and INT8, a small file; onnxruntime: whole channels removed and INT8, fast in ONNX Runtime; gpu: two of each four weights zero (2:4) and INT8 (default: %(default)s)')
     add('--recipe', help='file .yaml or .md with a recipe; default: one is generated for the optim level')
     add('--recipe-args', help="values for the recipe's variables: 'sparsity=0.9,num_epochs=5', or JSON")
     add('--epochs', type=int, help='of each of the two trainings; default: what suits the data, or the recipe')
@@ -58,6 +58,7 @@ def _parser():
     one_shot = commands.add_parser('one-shot', allow_abbrev=False, epilog=_codes, help='make a trained model sparse without training',
         description='Prune and quantize a trained model (--model: a file, or a folder of language) by a few hundred examples of its data, without training, and compare the two.')
     _common(one_shot, '0: nothing; below 0.3: INT8; 0.3 to 1: INT8 and 40%% to 80%% sparse')
+    one_shot.add_argument('--target', default='any', help='where the model is to run. any: zeros anywhere and INT8, a small file; gpu: two of each four weights zero (2:4) and INT8 (default: %(default)s)')
     return top,commands.choices
 
 # %% ../nbs/45_cli.ipynb #418e2a4d

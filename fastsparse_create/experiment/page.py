@@ -84,7 +84,7 @@ def html_details(summary:str, # Plain text
 
 def html_code(text:str)->str: return f'<pre>{escape(text)}</pre>'
 
-# %% ../../nbs/43_experiment.page.ipynb #c862ce9d
+# %% ../../nbs/43_experiment.page.ipynb #6335567e
 def _percent(v): return f'{v:.2%}'
 def _points(a, b): return f'{(b-a)*100:+.2f} points'.replace('-', '−')
 def _time(s): return f'{s:.0f} s' if s<120 else f'{s/60:.1f} min'
@@ -109,7 +109,7 @@ def _cards(exp):
     if len(exp.runs)>1: cards.insert(1, (_points(dense[exp.metric], last[exp.metric]), 'against the dense model'))
     return '<div class="cards">'+''.join(f'<div class="card"><b>{escape(v)}</b><span>{escape(t)}</span></div>' for v,t in cards)+'</div>'
 
-_labels = {'nonzeros':'non-zeros', 'seconds':'training time'}
+_labels = {'nonzeros':'non-zeros', 'seconds':'time taken'}
 _formats = {'loss':'{:.4f}'.format, 'flops':human, 'parameters':'{:,}'.format, 'nonzeros':'{:,}'.format, 'epochs':str, 'seconds':_time}
 
 def _comparison(exp):

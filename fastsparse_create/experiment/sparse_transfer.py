@@ -14,7 +14,7 @@ from ..masking import *
 from ..recipe.compile import *
 from ..recipe.generate import *
 
-# %% ../../nbs/42a_experiment.sparse_transfer.ipynb #603f6a77
+# %% ../../nbs/42a_experiment.sparse_transfer.ipynb #190b23ed
 class SparseTransfer(TrainingAware):
     "Trains a sparse checkpoint on new data, its zeros held, and compares it with the same network trained freely"
     kind = 'sparse_transfer'
@@ -25,6 +25,7 @@ class SparseTransfer(TrainingAware):
         super().__init__(use_case, model, data, train_kwargs=given, **kwargs)
 
     def plan(self, model, example):
+        if self.target!='any': raise ValueError(f"target {self.target!r}: sparse transfer holds the zeros that the model has, wherever they are; leave target out")
         zeros = measured_sparsity(model, '__ALL_PRUNABLE__')
         if self.optim_level and zeros<.1: raise ValueError(f"{self.model}: {zeros:.1%} of its weights are zero: there is nothing to hold; sparse transfer needs a sparse model, such as model.pth of training-aware")
         super().plan(model, example)
