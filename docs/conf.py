@@ -1,15 +1,18 @@
 "How Sphinx shows the pages that scripts/docs.py writes"
+import ast
 from configparser import ConfigParser
 from pathlib import Path
+from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
+from nbdev.doclinks import patch_name
+from sphinx.pycode import ModuleAnalyzer
 
 cfg = ConfigParser(delimiters=['='])
 cfg.read(Path(__file__).parent.parent/'settings.ini')
 project,author,release = (cfg['DEFAULT'][k] for k in ('lib_name','author','version'))
 
 extensions = ['myst_nb', 'sphinx.ext.viewcode']
-exclude_patterns = []
-add_module_names = False
+add_module_names = toc_object_entries = False
 nb_execution_mode = 'off'
 nb_output_stderr = 'remove'
 myst_enable_extensions = ['colon_fence', 'deflist', 'dollarmath']
@@ -23,9 +26,19 @@ html_css_files = ['site.css']
 html_copy_source = html_show_sphinx = False
 html_math_renderer = 'mathml'
 
-def _inline(self, node):
-    self.body.append(convert(node.astext()))
-    raise __import__('docutils').nodes.SkipNode
+def _mathml(display):
+    def visit(self, node):
+        self.body.append(convert(node.astext().replace(r'\\', r'\\ '), display=display)) # it reads `\\0` as a command
+        raise SkipNode
+    return visit,None
 
-def setup(app): app.add_html_math_renderer('mathml', (_inline, None), (_inline, None))
-toc_object_entries = False
+def _source(app, module):
+    "Code of `module` and the lines of what it defines, in other classes as well"
+    analyzer = ModuleAnalyzer.for_module(module)
+    tags = analyzer.find_tags()
+    functions = [n for n in ast.parse(analyzer.code).body if isinstance(n, ast.FunctionDef)]
+    return analyzer.code,tags | {patch_name(n):tags[n.name] for n in functions if isinstance(patch_name(n), str)}
+
+def setup(app):
+    app.add_html_math_renderer('mathml', _mathml('inline'), _mathml('block'))
+    app.connect('viewcode-find-source', _source)

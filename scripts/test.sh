@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All tests: modules are what the notebooks export, README.md is what its notebook renders to, notebooks run, tests pass.
+# All tests: modules are what the notebooks export, README.md is what its notebook renders to, notebooks run, tests pass, the site of the documentation among them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 MPLBACKEND=agg
