@@ -32,7 +32,7 @@ def _proportional(params, model_sparsity, raw):
         sparse = [i for i in range(len(params)) if i not in dense]
         zeros = [floor(model_sparsity*n) for n in numels]
         budget = sum(numels[i]-zeros[i] for i in sparse) - sum(zeros[i] for i in dense)
-        scale = budget/sum(raw[i]*numels[i] for i in sparse)
+        scale = budget/(sum(raw[i]*numels[i] for i in sparse) or 1)
         highest = max(raw[i] for i in sparse)
         if scale*highest<=1: return [0. if i in dense else 1-scale*r for i,r in enumerate(raw)]
         dense |= {i for i in sparse if raw[i]==highest}
@@ -42,13 +42,13 @@ def erdos_renyi(params:list, # Parameters, in model order
                 model_sparsity:float, # Share of zeros of the whole model, in [0,1]
                )->list: # Sparsity of each parameter
     "Density in proportion to `(n_in+n_out)/(n_in*n_out)`"
-    return _proportional(params, model_sparsity, [sum(p.shape[:2])/p.shape[:2].numel() for p in params])
+    return _proportional(params, model_sparsity, [sum(p.shape[:2])/max(1, p.shape[:2].numel()) for p in params])
 
 def erdos_renyi_kernel(params:list, # Parameters, in model order
                        model_sparsity:float, # Share of zeros of the whole model, in [0,1]
                       )->list: # Sparsity of each parameter
     "Density in proportion to `sum(shape)/prod(shape)`, the kernel included (ERK)"
-    return _proportional(params, model_sparsity, [sum(p.shape)/p.numel() for p in params])
+    return _proportional(params, model_sparsity, [sum(p.shape)/max(1, p.numel()) for p in params])
 
 # %% ../nbs/03_distribution.ipynb #2fd7d065
 def global_magnitude(params:list, # Parameters, in model order

@@ -158,7 +158,9 @@ def fitting_params(model:nn.Module, # Any model
     fits,unfit,unfit_of = {},{},getattr(mask_type, 'unfit', lambda shape: '')
     for entry in [params] if isinstance(params, str) else params:
         is_broad = entry.upper() in ('__ALL__','__ALL_PRUNABLE__') or entry.startswith('re:')
-        for name,site in select(model, entry).items():
+        chosen = select(model, entry)
+        _check_maskable(chosen)
+        for name,site in chosen.items():
             reason = unfit_of(outputs_first(site, site.param).shape)
             if reason and not is_broad: raise ValueError(f"{name}: {reason}")
             (unfit if reason else fits)[name] = reason
@@ -166,12 +168,22 @@ def fitting_params(model:nn.Module, # Any model
     if unfit: logger.info(f"left dense, as {mask_type!r} does not fit: {', '.join(unfit)}")
     return [n for n in named_sites(model) if n in fits]
 
+def _is_normed(module, attr):
+    "Does `weight_norm` compute the weight from this direction?"
+    return attr.endswith('_v') and f'{attr[:-1]}g' in module._parameters or attr=='original1' and any(type(m).__name__=='_WeightNorm' for m in module.modules())
+
+def _check_maskable(sites):
+    for name,site in sites.items():
+        if site.param.is_meta: raise ValueError(f"{name}: has no values yet, as it is on the meta device: load weights first, or model.to_empty(device=...) and initialize them")
+        if any(_is_normed(*o) for o in site.owners): raise ValueError(f"{name}: weight_norm divides by the norm of an output's weights, which is 0 where all are masked: take weight_norm off first, and mask the weight")
+
 def attach_masks(model:nn.Module, # Model to change
                  params='__ALL_PRUNABLE__', # What to mask, see `select`
                  enforce:bool=True, # Keep masked weights at 0 from now on?
                 )->list: # A `MaskedParam` for each selected parameter
     "Give the selected parameters masks that keep every weight; masks that are there already stay as they are"
     model,sites = unwrap_model(model),select(model, params)
+    _check_maskable(sites)
     for site in sites.values():
         mask = next((m._buffers[f'{a}_mask'] for m,a in site.owners if a in _masked(m)), None)
         if mask is None: mask = torch.ones_like(site.param, dtype=torch.bool, requires_grad=False)
@@ -205,8 +217,8 @@ def enforce(module:nn.Module, # A masked model, or one of its masked layers
 def _enforce_own(module):
     for attr,is_enforced in _masked(module).items():
         if not is_enforced: continue
-        if attr in getattr(module, 'parametrizations', ()):
-            raise RuntimeError(f"{attr!r} was parametrized after it was masked: make_permanent first, and mask 'parametrizations.{attr}.original'")
+        if attr not in module._parameters and not module.__dict__.get('_is_replica'):
+            raise RuntimeError(f"{attr!r} was parametrized after it was masked: make_permanent first, and mask what it is computed from then")
         param,mask = stored_weight(module, attr),module._buffers[f'{attr}_mask']
         mask_tensors([param], [mask])
         _hook_grad(param, mask)

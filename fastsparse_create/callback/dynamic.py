@@ -305,7 +305,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         for n,positions in grown.items(): self._ever[n][positions] = True
         n_active,numels = {p.name:p.n_kept for p in self._params},{p.name:p.numel for p in self._params}
         n_new,n_ever = sum(map(len, grown.values())),sum(map(n_kept, self._ever.values()))
-        return MaskUpdate(batch, self.now, share, {n:1-k/numels[n] for n,k in n_active.items()}, n_new/max(1, sum(n_active.values())), n_ever/sum(numels.values()))
+        return MaskUpdate(batch, self.now, share, {n:1-k/max(1, numels[n]) for n,k in n_active.items()}, n_new/max(1, sum(n_active.values())), n_ever/max(1, sum(numels.values())))
 
 def _are_dense(params): return all(p.n_kept==p.numel for p in params)
 
