@@ -9,7 +9,7 @@ from sphinx.pycode import ModuleAnalyzer
 
 cfg = ConfigParser(delimiters=['='])
 cfg.read(Path(__file__).parent.parent/'settings.ini')
-project,author,release = (cfg['DEFAULT'][k] for k in ('lib_name','author','version'))
+project,author,copyright,release = (cfg['DEFAULT'][k] for k in ('lib_name','author','copyright','version'))
 
 extensions = ['myst_nb', 'sphinx.ext.viewcode']
 add_module_names = toc_object_entries = False
@@ -17,7 +17,7 @@ nb_execution_mode = 'off'
 nb_output_stderr = 'remove'
 myst_enable_extensions = ['colon_fence', 'deflist', 'dollarmath']
 myst_heading_anchors = 4
-viewcode_line_numbers = True
+viewcode_follow_imported_members,viewcode_line_numbers = False,True
 
 html_theme = 'furo'
 html_title = project
