@@ -166,10 +166,10 @@ def _check_knobs(k):
     if k.sparsity is None and k.optim_level is None: raise ValueError("channels: say by sparsity which share of the FLOPs is to go")
     if k.mask_type!='unstructured' or k.global_sparsity or k.pruning!='magnitude': raise ValueError("channels: whole channels are chosen by the FLOPs of all layers, leave mask_type, pruning and global_sparsity out")
 
-# %% ../../nbs/23_recipe.generate.ipynb #c2a2857a
+# %% ../../nbs/23_recipe.generate.ipynb #db941771
 def _phases(k):
     "Expressions for the phases of a recipe; raises `ValueError` if there is no time for them"
-    share = .5 if k.channels else .6 if k.int8 else .75 if k.is_dynamic else .7
+    share = .3 if k.channels else .6 if k.int8 else .75 if k.is_dynamic else .7
     is_free = k.warmup_epochs is None and k.quantization_epochs is None
     q = k.num_epochs*.3 if k.quantization_epochs is None else k.quantization_epochs
     left = k.num_epochs-q if k.int8 else k.num_epochs
