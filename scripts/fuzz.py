@@ -25,7 +25,7 @@ allowed = ValueError,TypeError,OSError
 # What is read
 
 folder = Path(tempfile.mkdtemp(prefix='fuzz', dir='/dev/shm' if os.path.isdir('/dev/shm') else None))
-atexit.register(shutil.rmtree, folder)
+atexit.register(lambda owner=os.getpid(): os.getpid()==owner and shutil.rmtree(folder))  # processes that are forked leave it alone
 for n in ('train','val'):
     for kind in ('images','labels'): (folder/kind/n).mkdir(parents=True)
     for i in range(3):
