@@ -1,5 +1,6 @@
 "Files from anywhere: whatever they hold, they run no code, lead nowhere, and end in a sentence"
 import os,pickle,pytest,random,time,zipfile
+from collections import OrderedDict
 from utils import *
 from fastsparse_create.all import *
 from fastsparse_create.create.api import initialize
@@ -95,4 +96,11 @@ def test_patterns_take_no_time(pattern):
     start = time.perf_counter()
     try: matching(pattern, names)
     except ValueError as e: assert pattern[3:10] in str(e)
+    assert time.perf_counter()-start<2
+
+@pytest.mark.parametrize('pattern,said', [('re:(a|a)*[bc]$','takes too long'), ('re:(a{99}){99}','no regular expression'), ('re:'+'a'*600,'longer than'), ('re:(','no regular expression')])
+def test_patterns_of_layers_take_no_time(pattern, said):
+    learn = tiny_learner(nn.Sequential(OrderedDict({'a'*60:nn.Linear(4, 4), 'out':nn.Linear(4, 2)})))
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=said): learn.fit(1, cbs=LayerPruningModifier(pattern, 0.))
     assert time.perf_counter()-start<2

@@ -291,7 +291,7 @@ class LayerThinningModifier(NeedsExample, Modifier):
     def after_cancel_fit(self):
         if self._plan and not self.reports: logger.warning(f"LayerThinningModifier: training was stopped before epoch {self._plan[0][1]:g}, nothing was removed: call thin_(learn, example)")
 
-# %% ../../nbs/14a_callback.structured.ipynb #f900f989
+# %% ../../nbs/14a_callback.structured.ipynb #c186d430
 class LayerPruningModifier(NeedsExample, Modifier):
     "Replaces layers by `nn.Identity` between `start_epoch` and `end_epoch`"
     def __init__(self,
@@ -346,7 +346,7 @@ def _matching_layers(model, layers):
     names = [n for n,_ in unwrap_model(model).named_modules() if n]
     found = []
     for o in [layers] if isinstance(layers, str) else layers:
-        matches = [n for n in names if re.match(o[3:], n)] if o.startswith('re:') else [n for n in names if n==own_name(o, names)]
+        matches = matching(o, names, 'LayerPruningModifier: layers') if o.startswith('re:') else [n for n in names if n==own_name(o, names)]
         if not matches: raise ValueError(f"LayerPruningModifier: layers: {o!r} is no layer of the model{_near(o.removeprefix('re:'), names)}")
         found += matches
     return [n for n in dict.fromkeys(found) if not any(n.startswith(f'{o}.') for o in found)]
