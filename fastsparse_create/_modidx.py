@@ -161,8 +161,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                    'fastsparse_create/callback/checkpoint.py'),
                                                        'fastsparse_create.callback.checkpoint._random_states': ( 'callback.checkpoint.html#_random_states',
                                                                                                                  'fastsparse_create/callback/checkpoint.py'),
-                                                       'fastsparse_create.callback.checkpoint._read': ( 'callback.checkpoint.html#_read',
-                                                                                                        'fastsparse_create/callback/checkpoint.py'),
                                                        'fastsparse_create.callback.checkpoint._recorder_state': ( 'callback.checkpoint.html#_recorder_state',
                                                                                                                   'fastsparse_create/callback/checkpoint.py'),
                                                        'fastsparse_create.callback.checkpoint._set_random_states': ( 'callback.checkpoint.html#_set_random_states',

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['latest_checkpoint', 'CheckpointCallback']
 
-# %% ../../nbs/19_callback.checkpoint.ipynb #214c0800
-import math,random,zipfile
+# %% ../../nbs/19_callback.checkpoint.ipynb #3ccc11f1
+import math,random
 from dataclasses import asdict
 from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
@@ -95,15 +95,7 @@ def _is_kept(cb):
 
 def _tags(learn): return [repr(cb) for cb in learn.cbs if isinstance(cb, Modifier)]
 
-# %% ../../nbs/19_callback.checkpoint.ipynb #dbdb492f
-def _read(file):
-    "The content of a checkpoint; `ValueError` if it is damaged"
-    try:
-        with zipfile.ZipFile(file) as z: bad = z.testzip()
-        if bad is None: return torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{file}: is damaged, {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}") from e
-    raise ValueError(f"{file}: is damaged in {bad!r}")
-
+# %% ../../nbs/19_callback.checkpoint.ipynb #b1d47015
 def _files(folder): return sorted(folder.glob('fit_*_epoch_*.pth')) if folder.is_dir() else []
 
 def latest_checkpoint(folder, # Of a `CheckpointCallback`
@@ -111,8 +103,8 @@ def latest_checkpoint(folder, # Of a `CheckpointCallback`
     "The latest checkpoint that can be read; `ValueError` if there are some, and none can"
     files = _files(Path(folder))
     for f in reversed(files):
-        try: return _read(f)
-        except ValueError as e: logger.warning(f"{e}; the one before it is used")
+        try: return read_saved(f)
+        except ValueError: logger.warning(f"{f}: is damaged; the one before it is used")
     if files: raise ValueError(f"{folder}: none of its {len(files)} checkpoints can be read")
 
 # %% ../../nbs/19_callback.checkpoint.ipynb #3a83bde1
