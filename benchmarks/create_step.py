@@ -12,6 +12,7 @@ from fastai.vision.models.xresnet import xresnet18
 from torch import nn
 from torchvision.models import resnet18
 import fastsparse_create as sparsify
+from record import Record, arguments
 
 def mlp(): return nn.Sequential(nn.Flatten(), nn.Linear(3072,2048), nn.ReLU(), nn.Linear(2048,2048), nn.ReLU(), nn.Linear(2048,10))
 
@@ -41,23 +42,24 @@ def main():
     p.add_argument('--size', type=int, default=64)
     p.add_argument('--batch', type=int, default=32)
     p.add_argument('--rounds', type=int, default=20)
-    args = p.parse_args()
+    args = arguments(p)
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
-    print(f'torch {torch.__version__}, 1 thread, batch {args.batch}\n')
-    print('| model | step, ms | managed, ratio | with distillation, ratio | to step and teacher\'s forward pass |\n|---|---|---|---|---|')
-    for name in args.models:
-        torch.manual_seed(0)
-        size = 32 if name=='mlp' else args.size
-        model,batch = models[name](),(torch.randn(args.batch,3,size,size),torch.randint(0, 10, (args.batch,)))
-        turns = dict(plain=stepper(model, batch), managed=stepper(model, batch, lr='linear'), distilled=stepper(model, batch, distillation=True, distillation_teacher=deepcopy(model)), teacher=forward(model, batch[0]))
-        seconds = {k:[] for k in turns}
-        for i in range(args.rounds+2):
-            for k,f in turns.items():
-                start = time.process_time()
-                f()
-                if i>1: seconds[k].append(time.process_time()-start)
-        t = {k:median(v) for k,v in seconds.items()}
-        print(f"| {name} | {t['plain']*1000:.1f} | {t['managed']/t['plain']:.3f} | {t['distilled']/t['plain']:.3f} | {t['distilled']/(t['plain']+t['teacher']):.3f} |")
+    with Record(args, f'CPU time, medians of {args.rounds} steps; batch {args.batch}, images of 3x{args.size}x{args.size}, of 3x32x32 for the mlp') as record:
+        for name in args.models:
+            torch.manual_seed(0)
+            size = 32 if name=='mlp' else args.size
+            model,batch = models[name](),(torch.randn(args.batch,3,size,size),torch.randint(0, 10, (args.batch,)))
+            turns = dict(plain=stepper(model, batch), managed=stepper(model, batch, lr='linear'), distilled=stepper(model, batch, distillation=True, distillation_teacher=deepcopy(model)), teacher=forward(model, batch[0]))
+            ms = {k:[] for k in turns}
+            for i in range(args.rounds+2):
+                for k,f in turns.items():
+                    start = time.process_time()
+                    f()
+                    if i>1: ms[k].append(1000*(time.process_time()-start))
+            t = {k:median(v) for k,v in ms.items()}
+            record.row('Plain loop, initialize', name, t['managed'], 'ms', 'the loop alone', t['plain'])
+            record.row('Plain loop, distillation', name, t['distilled'], 'ms', 'the loop alone', t['plain'])
+            record.row('Plain loop, distillation', name, t['distilled'], 'ms', "loop and teacher's forward pass", t['plain']+t['teacher'])
 
 if __name__=='__main__': main()

@@ -4,9 +4,9 @@
 
 All variants take turns, one call of each after the other. Weights are random: latency doesn't depend on them, as long as none are denormal. The levels are those of
 `fastsparse.run training-aware --target onnxruntime`: channels are removed until so many FLOPs are left as the level says, in multiples of 16, and all but the first layer is INT8.
-*ORT static* is ONNX Runtime's own static quantization of the fp32 file, as a yardstick for INT8 without removed channels.
+*ONNX Runtime's quantizer* makes INT8 of the fp32 file by its own static quantization, a yardstick for INT8 without removed channels.
 """
-import argparse, os, platform, tempfile, torch, onnxruntime
+import argparse, tempfile, torch
 from copy import deepcopy
 from pathlib import Path
 from torchvision.models import mobilenet_v3_large,resnet18,resnet50
@@ -16,16 +16,12 @@ from fastsparse_create.export.onnx import *
 from fastsparse_create.quantization.convert import *
 from fastsparse_create.recipe.generate import removed_flops
 from fastsparse_create.thinning import *
+from record import Record, arguments
 
 models = dict(resnet18=resnet18, resnet50=resnet50, mobilenet=mobilenet_v3_large)
-features = 'avx2','avx512f','avx512_vnni','avx_vnni','avx512_bf16','amx_int8','asimddp','i8mm'
 
-def cpu():
-    "What the processor can do, by its flags"
-    try: flags = Path('/proc/cpuinfo').read_text()
-    except OSError: return platform.processor()
-    words = set(next((l for l in flags.splitlines() if l.startswith(('flags','Features'))), '').split())
-    return f"{os.cpu_count()} CPUs with {' '.join(f for f in features if f in words) or platform.machine()}"
+eager,ort,static = 'PyTorch eager','ONNX Runtime fp32',"ONNX Runtime's quantizer"
+targets = {('40% of the FLOPs, INT8',eager):10, ('40% of the FLOPs, INT8',ort):6, ('15% of the FLOPs, INT8',eager):18, ('15% of the FLOPs, INT8',ort):10}
 
 def trained_a_little(make):
     "A model whose batch norms have seen data"
@@ -57,15 +53,35 @@ def ort_static(path, x, to):
     return to
 
 def variants(name, folder, levels):
-    "Name -> what is timed, and the sizes of files in MB"
+    "Name -> what is timed"
     model,x = trained_a_little(models[name]),torch.randn(8,3,224,224)
     fp32 = export_onnx(model, folder/'fp32.onnx', x)
-    res = {'PyTorch, eager':model, 'ONNX fp32':fp32, 'ONNX INT8':export_onnx(quantized(model, x), folder/'int8.onnx', x, int8=True), 'ORT static':ort_static(fp32.path, x, folder/'static.onnx')}
+    res = {eager:model, ort:fp32, 'INT8':export_onnx(quantized(model, x), folder/'int8.onnx', x, int8=True), static:ort_static(fp32.path, x, folder/'static.onnx')}
     for level in levels:
-        small = thinned(model, 1-removed_flops(level))
-        res[f'level {level}, fp32'] = export_onnx(small, folder/f'fp32_{level}.onnx', x)
-        res[f'level {level}, INT8'] = export_onnx(quantized(small, x, few_inputs(small, x[:2])), folder/f'int8_{level}.onnx', x, int8=True)
+        small,left = thinned(model, 1-removed_flops(level)),f'{1-removed_flops(level):.0%} of the FLOPs'
+        res[f'{left}, fp32'] = export_onnx(small, folder/f'fp32_{level}.onnx', x)
+        res[f'{left}, INT8'] = export_onnx(quantized(small, x, few_inputs(small, x[:2])), folder/f'int8_{level}.onnx', x, int8=True)
     return res
+
+def megabytes(made):
+    "Of a file, or of the parameters of a model"
+    if isinstance(made, torch.nn.Module): return sum(4*t.numel() for t in made.parameters())/1e6
+    return Path(made).stat().st_size/1e6
+
+def peers_of(ours, names):
+    "What `ours` is measured against"
+    eagers = [n for n in names if n.startswith(eager)]
+    return eagers if ours==ort else [*eagers, ort, *[static]*(ours=='INT8')]
+
+def compare(record, name, batch, n_threads, rows, size):
+    "Each of ours against each of its peers"
+    case = f"{name}, batch {batch}, {n_threads} thread{'s'*(n_threads>1)}"
+    for ours,r in rows.items():
+        if ours.startswith(eager) or ours==static: continue
+        for peer in peers_of(ours, rows):
+            target,p = targets.get((ours,peer)) if batch==1 and name.startswith('resnet') else None,rows[peer]
+            record.row(f'Latency, {ours}', case, r.ms, 'ms', peer, p.ms, 'speed', target and f'ratio >= {target}',
+                       quartiles=[r.ms_q1,r.ms_q3], quartiles_of_peer=[p.ms_q1,p.ms_q3], CPU_ms=[r.cpu_ms,p.cpu_ms], MB=size[ours])
 
 def main():
     p = argparse.ArgumentParser()
@@ -75,20 +91,16 @@ def main():
     p.add_argument('--levels', nargs='+', type=float, default=[.5,.8])
     p.add_argument('--rounds', type=int, default=40, help='of a batch of 1; larger batches get fewer')
     p.add_argument('--compiled', action='store_true', help='time torch.compile, too')
-    args = p.parse_args()
-    print(f'torch {torch.__version__}, onnxruntime {onnxruntime.__version__}, {cpu()}; images of 3x224x224\n')
-    print('| model | batch | threads | variant | MB | ms | quartiles | CPU ms | times as fast as eager, by CPU time | as ONNX fp32, by CPU time |\n|---|---|---|---|---|---|---|---|---|---|')
-    for name in args.models:
-        with tempfile.TemporaryDirectory() as tmp:
-            made = variants(name, Path(tmp), args.levels)
-            size = {n:Path(m).stat().st_size/1e6 if not isinstance(m, torch.nn.Module) else sum(4*t.numel() for t in m.parameters())/1e6 for n,m in made.items()}
-            for batch in args.batches:
-                for n_threads in args.threads:
-                    found = benchmark(made, torch.randn(batch,3,224,224), max(5, args.rounds//batch), n_threads=n_threads, compiled=args.compiled)
-                    eager,fp32 = found.rows[:2]
-                    for r in found.rows:
-                        fast = [f'{a.ms/r.ms:.1f}, {a.cpu_ms/r.cpu_ms:.1f}' for a in (eager,fp32)]
-                        mb = f'{size[r.model]:.1f}' if r.model in size else ''
-                        print(f'| {name} | {batch} | {n_threads} | {r.model} | {mb} | {r.ms:.2f} | {r.ms_q1:.2f} to {r.ms_q3:.2f} | {r.cpu_ms:.2f} | {fast[0]} | {fast[1]} |', flush=True)
+    args = arguments(p)
+    levels = ', '.join(f'{1-removed_flops(l):.0%} for level {l}' for l in args.levels)
+    with Record(args, f'Time on the clock, medians; images of 3x224x224; FLOPs that are left: {levels}', args.threads, ['onnxruntime']) as record:
+        for name in args.models:
+            with tempfile.TemporaryDirectory() as tmp:
+                made = variants(name, Path(tmp), args.levels)
+                size = {n:megabytes(m) for n,m in made.items()}
+                for batch in args.batches:
+                    for n_threads in args.threads:
+                        found = benchmark(made, torch.randn(batch,3,224,224), max(5, args.rounds//batch), n_threads=n_threads, compiled=args.compiled)
+                        compare(record, name, batch, n_threads, {r.model:r for r in found.rows}, size)
 
 if __name__=='__main__': main()

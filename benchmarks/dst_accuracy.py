@@ -6,11 +6,12 @@
 Erdős–Rényi, random masks, weights scaled by 1/sqrt(density), updates every 100 steps until 75 % of training, a drop fraction of .3 (SNFS: .5) that
 falls along a cosine. GMP: global, from 0 at the start to the sparsity at 75 %.
 """
-import argparse, time
+import argparse
 import numpy as np
 from fastai.basics import *
 from fastai.callback.schedule import *
 from fastsparse_create.all import *
+from record import Record, arguments
 
 def lenet(): return nn.Sequential(nn.Linear(784,300), nn.ReLU(), nn.Linear(300,100), nn.ReLU(), nn.Linear(100,10))
 
@@ -46,6 +47,9 @@ def run(data, method, sparsity, seed, epochs):
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(epochs, .1, moms=(.9,.9,.9), cbs=callbacks(method, sparsity, epochs, seed))
     return 100*learn.recorder.values[-1][2],measured_sparsity(model, '__ALL_PRUNABLE__')
 
+peers = dict(dense=None, static='dense', SET='static', RigL='SET', SNFS='static', GMP='dense')
+targets = {('SET',.98):'ratio >= 0.4', ('SET',.99):'ratio >= 1.5', ('RigL',.98):'ratio >= 0.2', ('RigL',.99):'ratio >= 0.8'}
+
 def main():
     p = argparse.ArgumentParser()
     p.add_argument('--data', required=True)
@@ -53,19 +57,17 @@ def main():
     p.add_argument('--seeds', nargs='+', type=int, default=[0,1,2])
     p.add_argument('--methods', nargs='+', default=['dense','static','SET','RigL','SNFS','GMP'])
     p.add_argument('--epochs', type=int, default=5)
-    args = p.parse_args()
+    args = arguments(p)
     torch.set_num_threads(1)
-    data = load(args.data)
-    print(f'LeNet-300-100, {args.epochs} epochs, accuracy in %, mean and sample standard deviation over seeds {args.seeds}\n')
-    print('| method | ' + ' | '.join(f'{s:.0%} sparse | sparsity' for s in args.sparsities) + ' |\n|---|' + '---|---|'*len(args.sparsities), flush=True)
-    for method in args.methods:
-        cells = []
-        for s in args.sparsities:
-            if method=='dense' and cells:
-                cells += ['','']
-                continue
-            accuracies,measured = zip(*[run(data, method, s, seed, args.epochs) for seed in args.seeds])
-            cells += [f"{np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1 if len(accuracies)>1 else 0):.2f} ({', '.join(f'{a:.2f}' for a in accuracies)})", f'{np.mean(measured):.4f}']
-        print(f"| {method} | {' | '.join(cells)} |", flush=True)
+    data,means = load(args.data),{}
+    with Record(args, f'LeNet-300-100 on MNIST, {args.epochs} epochs, accuracy, mean and sample standard deviation over seeds {args.seeds}') as record:
+        for method in args.methods:
+            for s in args.sparsities if method!='dense' else [0.]:
+                accuracies,measured = zip(*[run(data, method, s, seed, args.epochs) for seed in args.seeds])
+                mean = means[method,s] = float(np.mean(accuracies))
+                value = means.get((peers[method],s), means.get((peers[method],0.)))
+                peer = None if value is None else peers[method]
+                record.row(f'Accuracy, {method}', f'LeNet-300-100, {s:.0%} sparse', mean, '%', peer, value, 'points', targets.get((method,s)) if peer else None,
+                           deviation=float(np.std(accuracies, ddof=len(accuracies)>1)), each=list(accuracies), sparsity=float(np.mean(measured)))
 
 if __name__=='__main__': main()

@@ -2,7 +2,7 @@
 
     python benchmarks/nm_masks.py [--size 4096] [--repeats 7] [--threads 1]
 
-All rows of a table take turns in one process, so that whatever else the machine does hits them alike.
+What is compared takes turns in one process, so that whatever else the machine does hits them alike.
 Times are the least process CPU time of all turns. The memory is NumPy's at its peak, without the mask that is returned.
 """
 import argparse, time, tracemalloc, warnings
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from fastsparse_create.masks.core import *
 from fastsparse_create.masks.nm import *
+from record import Record, arguments
 
 warnings.filterwarnings('ignore')
 
@@ -24,12 +25,14 @@ def cpu_ms(fs, repeats):
     return best
 
 def sparsifier(weight, n, m):
-    from torch.ao.pruning import WeightNormSparsifier
+    "PyTorch's way to N:M, if this PyTorch has it"
+    try: from torch.ao.pruning import WeightNormSparsifier
+    except ImportError: return {}
     model = nn.Sequential(nn.Linear(*weight.shape[::-1], bias=False))
     model[0].weight.data = weight
     peer = WeightNormSparsifier(sparsity_level=1., sparse_block_shape=(1,m), zeros_per_block=m-n)
     peer.prepare(model, [{'tensor_fqn':'0.weight'}])
-    return lambda: peer.step()
+    return dict(peer=peer.step)
 
 def sorted_mask(scores, n, m):
     groups = scores.view(-1,m)
@@ -52,38 +55,41 @@ def measured(name, scores):
 
 def share(scores, mask): return ((scores*mask).sum(dtype=torch.float64)/scores.sum(dtype=torch.float64)).item()
 
-def runs(weight, repeats):
-    scores,layers = weight.abs(),resnet50_weights()
-    print('| mask | CPU time, ms | times faster than WeightNormSparsifier | than a stable sort | kept magnitude |\n|---|---|---|---|---|')
+def at_4096(target, weight): return target if weight.shape==(4096,4096) else None
+
+def runs(record, weight, repeats):
+    scores,layers,case = weight.abs(),resnet50_weights(),'×'.join(map(str, weight.shape))
     for name in ('2:4','1:4','4:8','2:8','8:16','1:16'):
         n,m = map(int, name.split(':'))
-        ms = cpu_ms(dict(ours=lambda: get_mask_type(name).pattern(scores), peer=sparsifier(weight, n, m), sort=lambda: sorted_mask(scores, n, m)), repeats)
+        ms = cpu_ms(dict(ours=lambda: get_mask_type(name).pattern(scores), sort=lambda: sorted_mask(scores, n, m), **sparsifier(weight, n, m)), repeats)
         mask = get_mask_type(name).pattern(scores)
         assert torch.equal(mask, sorted_mask(scores, n, m))
-        print(f'| {name} | {ms["ours"]:.1f} | {ms["peer"]/ms["ours"]:.1f} | {ms["sort"]/ms["ours"]:.1f} | {share(scores, mask):.4f} |', flush=True)
-    ms = cpu_ms({'abs':scores.abs, 'ResNet-50':lambda: [NM(2,4).pattern(w) for w in layers]}, repeats)
-    print(f'\n2:4 for the {len(layers)} weights of ResNet-50 that four divides ({sum(w.numel() for w in layers)/1e6:.1f} M): {ms["ResNet-50"]:.1f} ms; '
-          f'`abs` of the {scores.shape[0]} x {scores.shape[1]} weight, for scale: {ms["abs"]:.1f} ms\n')
+        kept = share(scores, mask)
+        record.row(f'Mask {name}', case, ms['ours'], 'ms', 'WeightNormSparsifier', ms.get('peer'), 'speed', 'ratio >= 8' if name=='2:4' else None, kept_magnitude=kept)
+        record.row(f'Mask {name}', case, ms['ours'], 'ms', 'stable sort', ms['sort'], 'speed', at_4096('ours <= 60', weight) if name=='2:4' else None, kept_magnitude=kept)
+    ms = cpu_ms(dict(ours=lambda: [NM(2,4).pattern(w) for w in layers], sort=lambda: [sorted_mask(w.flatten(1), 2, 4) for w in layers]), repeats)
+    record.row('Mask 2:4', f'ResNet-50, {sum(w.numel() for w in layers)/1e6:.1f} M', ms['ours'], 'ms', 'stable sort', ms['sort'], 'speed', 'ours <= 60', weights=len(layers))
 
-def tiles(weight, repeats):
-    scores = weight.abs()
-    print('| mask | CPU time, ms | extra memory, MB | kept magnitude |\n|---|---|---|---|')
+def tiles(record, weight, repeats):
+    scores,case = weight.abs(),'×'.join(map(str, weight.shape))
     for name in ('m4n2_2d_best','m4n2_2d_greedy','4:8-T','8:16-T','16:32-T','64:2:8'):
-        ms = cpu_ms({name:lambda: get_mask_type(name).pattern(scores)}, repeats if name=='m4n2_2d_best' else 1)[name]
+        best = name=='m4n2_2d_best'
+        ms = cpu_ms({name:lambda: get_mask_type(name).pattern(scores)}, repeats if best else 1)[name]
         mask,mb = measured(name, scores)
-        print(f'| {name} | {ms:.0f} | {mb:.1f} | {share(scores, mask):.4f} |', flush=True)
+        record.row(f'Mask {name}', case, ms, 'ms', target=at_4096('ours <= 250', weight) if best else None, kept_magnitude=share(scores, mask))
+        record.row(f'Mask {name}, extra memory', case, mb, 'MB', 'the weight', weight.nbytes/2**20, target=at_4096('ours <= 32', weight) if best else None)
 
 def main():
     p = argparse.ArgumentParser()
     p.add_argument('--size', type=int, default=4096)
     p.add_argument('--repeats', type=int, default=7)
     p.add_argument('--threads', type=int, default=1)
-    args = p.parse_args()
+    args = arguments(p)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     weight = torch.randn(args.size, args.size)
-    print(f'torch {torch.__version__}, {args.threads} thread(s), normally distributed weights of {args.size} x {args.size}\n')
-    runs(weight, args.repeats)
-    tiles(weight, args.repeats)
+    with Record(args, 'Least CPU time of some runs; normally distributed weights', args.threads) as record:
+        runs(record, weight, args.repeats)
+        tiles(record, weight, args.repeats)
 
 if __name__=='__main__': main()

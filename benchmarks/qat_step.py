@@ -2,8 +2,8 @@
 
     python benchmarks/qat_step.py [--models resnet18 xresnet18] [--size 224] [--batch 4] [--steps 30]
 
-All variants of a model train in one process, a few steps each in turn, so that whatever else the machine does hits them alike. What is printed are
-ratios of process CPU time to the dense step's. The first turn, in which the model is quantized, doesn't count.
+All variants of a model train in one process, a few steps each in turn, so that whatever else the machine does hits them alike. Times are
+process CPU time. The first turn, in which the model is quantized, doesn't count.
 """
 import argparse
 from contextlib import redirect_stdout
@@ -30,14 +30,13 @@ def main():
     p.add_argument('--batch', type=int, default=4)
     p.add_argument('--steps', type=int, default=30)
     p.add_argument('--turn', type=int, default=2)
-    args = p.parse_args()
+    args = arguments(p)
     torch.set_num_threads(1)
     for v in set(variants)-{'dense',*args.variants}: del variants[v]
-    print(f'torch {torch.__version__}, 1 thread, batch {args.batch} of 3x{args.size}x{args.size}, {args.steps} steps of SGD with momentum\n')
     batch = torch.randn(args.batch,3,args.size,args.size),torch.randint(0,10,(args.batch,))
-    print('| model | variant | step, ms | ratio to dense | quartiles of the turns |\n|---|---|---|---|---|')
-    for name in args.models:
-        with redirect_stdout(StringIO()): seconds = run(name, models[name], args.steps+args.turn, args.turn, batch)
-        report(name, {v:s[1:] for v,s in seconds.items()}, args.steps)
+    with Record(args, f'CPU time; batch {args.batch} of 3x{args.size}x{args.size}, {args.steps} steps of SGD with momentum') as record:
+        for name in args.models:
+            with redirect_stdout(StringIO()): seconds = run(name, models[name], args.steps+args.turn, args.turn, batch)
+            report(record, name, models[name](), {v:s[1:] for v,s in seconds.items()}, args.steps, {('QAT','resnet18'):1.8})
 
 if __name__=='__main__': main()

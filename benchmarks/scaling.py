@@ -1,16 +1,17 @@
 """Time of a mask update and of the enforcement of a step, from 1 M to 100 M parameters: both grow as the parameters do.
 
-    python benchmarks/scaling.py [--millions 1 3 10 30 100] [--json scaling.json]
+    python benchmarks/scaling.py [--millions 1 3 10 30 100]
 
 The network is a stack of square layers. An update ranks all weights by magnitude, within layers or across them, and replaces the masks of half of the weights by those of a tenth; what a step costs is that gradients and weights are masked.
-Printed are seconds of process CPU time, the best of some, and nanoseconds a parameter, whose ratio to those of the smallest network is what linear cost keeps near 1. Caches make small networks look better.
+Printed are nanoseconds of process CPU time for a parameter, the best of some runs; their ratio to those of the smallest network is what linear cost keeps near 1. Caches make small networks look better.
 """
-import argparse, gc, json, platform, time
+import argparse, gc, time
 import torch
 from torch import nn
 from fastsparse_create.all import *
 from fastsparse_create.callback.pruning import magnitude_masks
 from fastsparse_create.masks.core import Unstructured
+from record import Record, arguments
 
 def stack(n, side=1000):
     "Layers of a million weights"
@@ -44,27 +45,22 @@ def measure(millions, repeats):
         for p,(w,m) in zip(params, earlier):
             set_mask(p, m)
             p.param.data.copy_(w)
-    res = {f'update, {name}':best(lambda: update(params, is_global), n, back) for name,is_global in (('layer by layer',False),('global',True))}
+    res = {f'Mask update, {name}':best(lambda: update(params, is_global), n, back) for name,is_global in (('layer by layer',False),('global',True))}
     for p in params: p.param.grad = torch.randn_like(p.param)
-    return {**res, "a step's enforcement":best(lambda: enforcement(params), 5*n)}
+    return {**res, "Masking of a step":best(lambda: enforcement(params), 5*n)}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--millions', type=int, nargs='+', default=[1,3,10,30,100])
     parser.add_argument('--repeats', type=int, default=20, help='runs of the smallest case')
-    parser.add_argument('--json', help='file to write the numbers to')
-    args = parser.parse_args()
+    args = arguments(parser)
     torch.set_num_threads(1)
-    rows = []
-    print('| parameters | what | seconds | ns a parameter | ratio |\n|---:|:---|---:|---:|---:|')
-    for m in sorted(args.millions):
-        for case,s in measure(m, args.repeats).items():
-            first = next((r['ns'] for r in rows if r['case']==case), s/m*1e3)
-            rows.append(dict(millions=m, case=case, seconds=s, ns=s/m*1e3, ratio=s/m*1e3/first))
-            print(f"| {m} M | {case} | {s:.4f} | {s/m*1e3:.2f} | {rows[-1]['ratio']:.2f} |", flush=True)
-        gc.collect()
-    if not args.json: return
-    info = dict(machine=platform.processor() or platform.machine(), python=platform.python_version(), torch=torch.__version__, rows=rows)
-    with open(args.json, 'w') as f: json.dump(info, f, indent=1)
+    first,*others = sorted(args.millions)
+    with Record(args, 'Process CPU time of one thread, best of some runs, for each parameter; layers of 1000 x 1000') as record:
+        smallest = measure(first, args.repeats)
+        for m in (first,*others):
+            for what,s in (smallest if m==first else measure(m, args.repeats)).items():
+                record.row(what, f'{m} M parameters', s/m*1e3, 'ns', f'{first} M parameters', smallest[what]/first*1e3, seconds=s)
+            gc.collect()
 
 if __name__=='__main__': main()

@@ -4,7 +4,7 @@
     python benchmarks/step_overhead.py [--models cnn xresnet18 mlp] [--steps 100]
 
 All variants of a model train in one process, a few steps each in turn, so that whatever else the machine does hits them alike.
-What is printed are ratios of process CPU time to the dense step's.
+Times are process CPU time.
 """
 import argparse, threading, time
 from contextlib import redirect_stdout
@@ -13,6 +13,7 @@ import torch
 from fastai.vision.all import *
 from fastsparse_create.all import *
 from fastsparse_create.masks.core import keep_highest
+from record import Record, arguments
 
 def cnn():
     conv = lambda i,o: nn.Sequential(nn.Conv2d(i, o, 3, 2, 1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
@@ -73,20 +74,25 @@ def run(name, model_f, n_steps, turn, batch):
     for t in threads: t.join()
     return {v:t.seconds for v,t in turns.items()}
 
-def selection_ms(n=12_582_912):
+def selection_ms(select, n):
     scores,times = torch.randn(n).abs_(),[]
     for _ in range(10):
         began = time.process_time()
-        keep_highest(scores, int(.9*n))
+        select(scores, int(.9*n))
         times.append(time.process_time()-began)
     return min(times)*1000
 
-def report(name, seconds, n_steps):
-    "Print a row for each variant"
-    dense = seconds['dense']
-    for v,s in seconds.items():
-        r = sorted(a/b for a,b in zip(s, dense))
-        print(f'| {name} | {v} | {1000*sum(s)/n_steps:.1f} | {sum(s)/sum(dense):.3f} | {r[len(r)//4]:.3f} to {r[3*len(r)//4]:.3f} |', flush=True)
+targets = {('fixed masks','xresnet18'):1.02, ('fixed masks','mlp'):1.05, ('GMP, every 100 steps','xresnet18'):1.02, ('GMP, every 100 steps','mlp'):1.06}
+peers = {'fixed masks':'fasterai, one-shot', 'GMP, every 100 steps':'fasterai, agp'}
+
+def report(record, name, model, seconds, n_steps, targets, peers={}):
+    "A row for each variant against dense training, and for those that have one against a peer"
+    ms,case = {v:1000*sum(s)/n_steps for v,s in seconds.items()},f'{name}, {sum(p.numel() for p in model.parameters())/1e6:.1f} M'
+    for v in (v for v in seconds if v not in ('dense',*peers.values())):
+        r = sorted(a/b for a,b in zip(seconds[v], seconds['dense']))
+        target = f'ratio <= {targets[v,name]}' if (v,name) in targets else None
+        record.row(f'Training step, {v}', case, ms[v], 'ms', 'dense', ms['dense'], target=target, quartiles=[r[len(r)//4],r[3*len(r)//4]])
+    for v,peer in peers.items(): record.row(f'Training step, {v}', case, ms[v], 'ms', peer, ms.get(peer))
 
 def main():
     p = argparse.ArgumentParser()
@@ -94,14 +100,14 @@ def main():
     p.add_argument('--steps', type=int, default=100)
     p.add_argument('--turn', type=int, default=5)
     p.add_argument('--threads', type=int, default=1)
-    args = p.parse_args()
+    args = arguments(p)
     torch.set_num_threads(args.threads)
-    print(f'torch {torch.__version__}, {args.threads} thread(s), batch 64 of 3x64x64, {args.steps} steps of SGD with momentum, sparsity 0.9\n')
     batch = torch.randn(64,3,64,64),torch.randint(0,10,(64,))
-    print('| model | variant | step, ms | ratio to dense | quartiles of the turns |\n|---|---|---|---|---|')
-    for name in args.models:
-        with redirect_stdout(StringIO()): seconds = run(name, models[name], args.steps, args.turn, batch)
-        report(name, seconds, args.steps)
-    print(f'\nSelecting a mask for 12.6 M weights: {selection_ms():.1f} ms')
+    with Record(args, f'CPU time; batch 64 of 3x64x64, {args.steps} steps of SGD with momentum, sparsity 0.9', args.threads, ['fasterai']) as record:
+        for name in args.models:
+            with redirect_stdout(StringIO()): seconds = run(name, models[name], args.steps, args.turn, batch)
+            report(record, name, models[name](), seconds, args.steps, targets, peers)
+        n = 12_582_912
+        record.row('Choosing a mask', f'{n/1e6:.1f} M weights', selection_ms(keep_highest, n), 'ms', 'torch.kthvalue', selection_ms(lambda scores,k: scores>scores.kthvalue(k)[0], n), 'speed', 'ours <= 30')
 
 if __name__=='__main__': main()

@@ -17,22 +17,10 @@ from fastsparse_create.distribution import erdos_renyi_kernel
 from fastsparse_create.sparse.inference import *
 from fastsparse_create.sparse.linear import *
 from fastsparse_create.sparsify import *
-
-class Turns(Callback):
-    "Lets one training run go on for `n` steps, then the next"
-    order = -100
-    __module__ = 'fastsparse_create.benchmarks'  # a callback of unknown origin makes MaskEnforcer check weights after each step, as it may write to them
-    def __init__(self, n): self.n,self.go,self.done,self.seconds,self.steps = n,threading.Semaphore(0),threading.Semaphore(0),[],0
-    def before_batch(self):
-        if self.steps%self.n==0:
-            if self.steps: self._stop()
-            self.go.acquire()
-            self.began = time.process_time()
-        self.steps += 1
-    def _stop(self):
-        self.seconds.append(time.process_time()-self.began)
-        self.done.release()
-    def after_train(self): self._stop()
+from fastsparse_create.benchmark import benchmark
+from fastsparse_create.export.onnx import finished_copy
+from record import Record, arguments
+from step_overhead import Turns
 
 # data
 
@@ -135,18 +123,17 @@ def megabytes(learn):
     tensors = [*learn.model.parameters(), *learn.model.buffers(), *(v for s in learn.opt.state.values() for v in s.values() if isinstance(v, Tensor))]
     return sum(t.nbytes for t in tensors)/1e6
 
-def print_epochs(seconds, size, n_steps_epoch, turn):
-    stock = seconds['dense']
-    best = min((seconds['dense'],seconds['dense, oneDNN']), key=sum)
-    print('| variant | epoch, s | times as fast as dense | as the best dense | quartiles, dense | MB |\n|---|---|---|---|---|---|')
-    for v,s in seconds.items():
-        r = sorted(a/b for a,b in zip(stock, s))
-        epoch = sum(s)/len(s)/turn*n_steps_epoch
-        print(f'| {v} | {epoch:.2f} | {sum(stock)/sum(s):.1f} | {sum(best)/sum(s):.1f} | {r[len(r)//4]:.1f} to {r[3*len(r)//4]:.1f} | {size[v]:.1f} |', flush=True)
+def compare_epochs(record, seconds, size, n_steps_epoch, turn, sparsity):
+    best = min(('dense','dense, oneDNN'), key=lambda v: sum(seconds[v]))
+    epoch = {v:sum(s)/len(s)/turn*n_steps_epoch for v,s in seconds.items()}
+    for v in (v for v in seconds if not v.startswith('dense')):
+        r = sorted(a/b for a,b in zip(seconds['dense'], seconds[v]))
+        record.row(f'Epoch, {v}', f'MLP, {sparsity:.0%} sparse', epoch[v], 's', 'dense', epoch['dense'], 'speed', 'ratio >= 6' if v.startswith('sparse') else None, quartiles=[r[len(r)//4],r[3*len(r)//4]])
+        record.row(f'Epoch, {v}', f'MLP, {sparsity:.0%} sparse', epoch[v], 's', 'best dense kernel', epoch[best], 'speed')
+        record.row(f'Weights and momentum, {v}', f'MLP, {sparsity:.0%} sparse', size[v], 'MB', 'dense', size['dense'])
 
-def accuracies(names, sparsity, data, epochs, every):
-    "Accuracy of masked and sparse runs from equal seeds, and how far apart their weights are in the end"
-    print(f'\n| method | accuracy, masks | accuracy, sparse layers | largest difference of outputs | CPU s, masks | CPU s, sparse |\n|---|---|---|---|---|---|')
+def accuracies(record, names, sparsity, data, epochs, every):
+    "Accuracy of masked and sparse runs from equal seeds, and how far apart their outputs are in the end"
     for name in names:
         found = []
         for make in (masked,sparse):
@@ -154,15 +141,17 @@ def accuracies(names, sparsity, data, epochs, every):
             learn,began = learner(make(sparsity), train, valid),time.process_time()
             learn.fit_one_cycle(epochs, .02, cbs=methods[name](every=every))
             seconds = time.process_time()-began
-            with torch.no_grad(): found.append((learn.validate()[1],learn.model.eval()(data[1][0]),seconds))
+            with torch.no_grad(): found.append((100*learn.validate()[1],learn.model.eval()(data[1][0]),seconds))
         (a,out_a,sec_a),(b,out_b,sec_b) = found
-        print(f'| {name} | {a:.2%} | {b:.2%} | {largest_difference(out_b, out_a):.1e} | {sec_a:.0f} | {sec_b:.0f} |', flush=True)
+        record.row(f'Accuracy, sparse, {name}', f'MLP, {sparsity:.0%} sparse, {epochs} epochs', b, '%', 'masks', a, 'points', largest_difference=f'{largest_difference(out_b, out_a):.1e}', CPU_s=[sec_b,sec_a])
 
-def inference(size, sparsity, bs):
+def inference(record, size, sparsity, bs):
     torch.manual_seed(0)
-    model = nn.Sequential(*[l for _ in range(3) for l in (nn.Linear(size,size), nn.ReLU())], nn.Linear(size,10)).eval()
+    model,x = nn.Sequential(*[l for _ in range(3) for l in (nn.Linear(size,size), nn.ReLU())], nn.Linear(size,10)).eval(),torch.randn(bs, size)
     sparsify_model(model, sparsity, [f'{i}.weight' for i in (0,2,4)])
-    return to_sparse_inference(model, torch.randn(bs, size))[1]
+    fast,found = to_sparse_inference(model, x)
+    dense,ours = benchmark(dict(dense=finished_copy(model), sparse=fast), x).rows
+    record.row('Inference, sparse kernels', f'3 layers of {size}, {sparsity:.0%} sparse, batch {bs}', ours.cpu_ms, 'ms', 'dense', dense.cpu_ms, 'speed', 'ratio >= 6', kernels=', '.join(r.status for r in found.rows[:3]))
 
 def main():
     p = argparse.ArgumentParser()
@@ -172,17 +161,18 @@ def main():
     p.add_argument('--steps', type=int, default=102, help='that are timed')
     p.add_argument('--turn', type=int, default=3)
     p.add_argument('--every', type=int, default=20, help='optimizer steps between updates of the connections where accuracy is compared; 100 where time is')
+    p.add_argument('--sizes', nargs='+', type=int, default=[1024,4096], help='of the layers whose inference is timed')
     p.add_argument('--methods', nargs='+', default=list(methods), choices=list(methods))
-    args = p.parse_args()
+    args = arguments(p)
     torch.set_num_threads(1)
     data = read_images(args.data)
     n_steps_epoch = len(data[0][0])//128
-    print(f'torch {torch.__version__}, 1 thread, sparsity {args.sparsity}, {args.steps} steps, {n_steps_epoch} steps an epoch\n')
     variants = {'dense':(mlp,[]), 'dense, oneDNN':(onednn,[]), 'masks':(partial(masked, args.sparsity),[]),
                 **{f'sparse, {m}':(partial(sparse, args.sparsity),methods[m](T_end=1.)) for m in args.methods}}
-    with redirect_stdout(StringIO()): seconds,size = epoch_seconds(variants, data[0], args.steps, args.turn)
-    print_epochs(seconds, size, n_steps_epoch, args.turn)
-    if args.epochs: accuracies(args.methods, args.sparsity, data, args.epochs, args.every)
-    for n in (1024,4096): print(f'\nInference, 3 layers of {n}, 90 %, batch 64\n\n{inference(n, .9, 64)}', flush=True)
+    with Record(args, f'CPU time; MLP 3072-4000-1000-4000-10 on CIFAR-10, batch 128, {args.steps} steps, {n_steps_epoch} steps an epoch') as record:
+        with redirect_stdout(StringIO()): seconds,size = epoch_seconds(variants, data[0], args.steps, args.turn)
+        compare_epochs(record, seconds, size, n_steps_epoch, args.turn, args.sparsity)
+        if args.epochs: accuracies(record, args.methods, args.sparsity, data, args.epochs, args.every)
+        for n in args.sizes: inference(record, n, .9, 64)
 
 if __name__=='__main__': main()
