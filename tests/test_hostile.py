@@ -93,14 +93,14 @@ def test_users_do(tmp_path):
 @pytest.mark.parametrize('pattern', ['re:(a|a)*[bc]$', 're:(.?){99}{0}', 're:(?:(?:.?){99}){99}[!]', 're:(.*)*!', 're:'+'('*200+'.'+')*'*150, 're:'+'.*'*200+'!', 're:(?=(.|.)*$)!'])
 def test_patterns_take_no_time(pattern):
     names = [f'{"a"*60}.{i}.weight' for i in range(500)]
-    start = time.perf_counter()
+    start = time.process_time()
     try: matching(pattern, names)
     except ValueError as e: assert pattern[3:10] in str(e)
-    assert time.perf_counter()-start<2
+    assert time.process_time()-start<2
 
 @pytest.mark.parametrize('pattern,said', [('re:(a|a)*[bc]$','takes too long'), ('re:(a{99}){99}','no regular expression'), ('re:'+'a'*600,'longer than'), ('re:(','no regular expression')])
 def test_patterns_of_layers_take_no_time(pattern, said):
     learn = tiny_learner(nn.Sequential(OrderedDict({'a'*60:nn.Linear(4, 4), 'out':nn.Linear(4, 2)})))
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=said): learn.fit(1, cbs=LayerPruningModifier(pattern, 0.))
-    assert time.perf_counter()-start<2
+    assert time.process_time()-start<2

@@ -38,9 +38,9 @@ def test_arithmetic(expr, expected):
 @pytest.mark.filterwarnings('ignore')
 def test_refused_expressions(expr):
     names = dict(x=10, y=.1, names=[1,2], text='abc', none=None, nan=math.nan, inf=math.inf)
-    start = time.perf_counter()
+    start = time.process_time()
     error_of(evaluate, expr, names)
-    assert time.perf_counter()-start<.5
+    assert time.process_time()-start<.5
 
 def trees(leaves):
     unary = st.tuples(st.sampled_from(['-','+']), leaves).map(lambda o: f'({o[0]}{o[1]})')
@@ -440,10 +440,10 @@ hostile = dict(
 
 @pytest.mark.parametrize('name', hostile)
 def test_hostile_text_takes_no_time(name):
-    start = time.perf_counter()
+    start = time.process_time()
     try: parse_recipe(hostile[name])
     except RecipeError as e: assert len(str(e))<600
-    assert time.perf_counter()-start<3  # below 1 on an idle machine
+    assert time.process_time()-start<3  # seconds of the processor, as others may use it too
 
 @pytest.mark.parametrize('name', ['brackets','indents','laughs','merges','text_laughs','variable_laughs','text_variables','powers','fences','large'])
 def test_hostile_text_takes_no_memory(name):
