@@ -132,7 +132,9 @@ def mutated(rng, corpus):
                 other = rng.choice(corpus)
                 k = rng.randrange(len(other)+1)
                 text = text[:i]+other[k:k+rng.choice((5,20,200))]+text[j:]
-            case 7 if rng.random()<.02: text = text[:i]+(rng.choice(hostile)+text[i:j])*rng.choice((100,3000,50_000))+text[j:]
+            case 7 if rng.random()<.02:
+                part = rng.choice(hostile)+text[i:j]
+                text = text[:i]+part*min(rng.choice((100,3000,50_000)), CHARS//len(part))+text[j:]
     return text[:CHARS]
 
 # What must hold
