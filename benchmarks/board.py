@@ -28,12 +28,12 @@ class Benchmark:
 
 BENCHMARKS = dict(
     step_overhead=Benchmark('--models xresnet18 mlp --steps 40', '--models cnn --steps 10', r'\| (dense|fasterai.*)$|Choosing'),
-    dst_step=Benchmark('', '--models mlp --steps 10 --updates 1', r'step, RigL|Update.*(RigL|SNFS)'),
+    dst_step=Benchmark('', '--models mlp --steps 10 --updates 1', r'step, RigL|Update'),
     nm_masks=Benchmark('', '--size 256 --repeats 1', r'2:4 \|.*Sparsifier|2:4 \| ResNet|2d_best \|'),
     permutation=Benchmark('', '--matrices 32x16 --model resnet18', r'efficacy \| (32x16|64x128)|time \| resnet'),
     scaling=Benchmark('', '--millions 1 2 --repeats 1', r'(global|step) \| (2|100) M'),
     create_step=Benchmark('--models xresnet18', '--models mlp --rounds 2 --batch 8', r'initialize|teacher'),
-    truly_sparse=Benchmark('', '--epochs 0 --steps 6 --sizes 256', r'Epoch, sparse, (static|RigL).*\| dense|momentum, sparse, RigL|Inference', data='cifar10_subset.tgz'),
+    truly_sparse=Benchmark('', '--epochs 0 --steps 6 --sizes 256', r'Epoch, sparse.*\| dense|momentum, sparse, RigL|Inference', data='cifar10_subset.tgz'),
     qat_step=Benchmark('', '--models xresnet18 --size 64 --batch 2 --steps 2', r'QAT \|'),
     deploy=Benchmark('', '--models resnet18 --batches 1 --threads 1 --levels 0.5 --rounds 5', r"INT8 \| .*batch 1, 1 thread \| ONNX Runtime's|FLOPs, INT8 \| .*batch 1, 1 thread \| PyTorch eager|40%.*INT8 \| .*batch 1, 1 thread \| ONNX",
                      needs=('onnxruntime','onnxscript')),

@@ -15,6 +15,7 @@ extensions = ['myst_nb', 'sphinx.ext.viewcode']
 add_module_names = toc_object_entries = False
 nb_execution_mode = 'off'
 nb_output_stderr = 'remove'
+nb_render_markdown_format = 'myst'
 myst_enable_extensions = ['colon_fence', 'deflist', 'dollarmath']
 myst_heading_anchors = 4
 viewcode_follow_imported_members,viewcode_line_numbers = False,True

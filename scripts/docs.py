@@ -159,6 +159,7 @@ class Site:
                 directives = _directives(cell['source'])
                 if any(d in ('hide','exporti') for d in directives): continue
                 if 'output: false' in directives: cell['outputs'] = []
+                if 'echo: false' in directives: cell['metadata'] = dict(tags=['remove-input'])
                 cell['source'] = re.sub(r'^#\|.*\n', '', cell['source'], flags=re.M)
             if cell['source'].strip(): yield cell
 

@@ -9,7 +9,7 @@ def _text(source): return source if isinstance(source, str) else ''.join(source)
 def _output(out):
     "Markdown of one output of a cell"
     data = out.get('data', {})
-    if 'text/markdown' in data: return _text(data['text/markdown'])
+    if 'text/markdown' in data: return _text(data['text/markdown']).rstrip()
     text = _text(data.get('text/plain', out.get('text', ''))).rstrip()
     return '\n'.join('    '+line if line else '' for line in text.splitlines())
 
@@ -19,7 +19,8 @@ def _cell(cell):
     directives = [l.strip() for l in source.splitlines() if l.startswith('#|')]
     if any(d in ('#| hide', '#|hide') for d in directives): return ''
     code = '\n'.join(l for l in source.splitlines() if not l.startswith('#|')).strip()
-    return '\n\n'.join([f'```python\n{code}\n```', *filter(None, map(_output, cell['outputs']))])
+    shown = [] if '#| echo: false' in directives else [f'```python\n{code}\n```']
+    return '\n\n'.join([*shown, *filter(None, map(_output, cell['outputs']))])
 
 def render(path):
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']

@@ -82,3 +82,21 @@ def test_a_benchmark_that_fails_writes_nothing(tmp_path, monkeypatch, capsys):
 def test_every_row_is_on_the_page_of_all():
     page = board.all_rows(dict(step_overhead=result(ROW), deploy=dict(failed='no')))
     assert '| Training step, fixed masks | mlp | 95.0 ms | dense: 100 ms | 0.950× | ≤ 1.05× | quartiles 0.900 1.00 |' in page and '## deploy' in page and 'failed: no' in page
+
+# what was measured
+
+RESULTS = ROOT/'benchmarks'/'results'
+
+def test_every_benchmark_was_measured():
+    found = board.load(RESULTS)
+    assert list(found)==list(board.BENCHMARKS)
+    for name,res in found.items(): assert board.chosen(name, res), name
+    for name,b in board.BENCHMARKS.items(): assert b.quick not in found[name]['command'], name
+
+def test_board_and_readme_are_made_of_what_was_measured():
+    found = board.load(RESULTS)
+    made = board.board(found)
+    text = board.markdown(made)
+    assert json.loads((RESULTS/'board.json').read_text(encoding='utf-8'))==made and len(made['rows'])<=45
+    assert (RESULTS/'board.md').read_text(encoding='utf-8')==text and (RESULTS/'README.md').read_text(encoding='utf-8')==board.all_rows(found)
+    assert text in (ROOT/'README.md').read_text(encoding='utf-8')
