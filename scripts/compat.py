@@ -22,7 +22,7 @@ def run(which, args):
     with tempfile.TemporaryDirectory() as folder:
         venv.create(folder, with_pip=True)
         python = Path(folder)/('Scripts' if sys.platform=='win32' else 'bin')/'python'
-        subprocess.run([python, '-m', 'pip', 'install', '-q', *requirements(which=='oldest'), 'pytest', 'pytest-xdist', 'hypothesis'], check=True)
+        subprocess.run([python, '-m', 'pip', 'install', '-q', *requirements(which=='oldest'), 'pytest', 'pytest-xdist', 'hypothesis', 'timm'], check=True)
         subprocess.run([python, '-m', 'pip', 'install', '-q', '--no-deps', '-e', ROOT], check=True)
         subprocess.run([python, '-m', 'pip', 'list'], check=True)
         return subprocess.run([python, '-m', 'pytest', '-q', '-n', '2', *args], cwd=ROOT).returncode==0
