@@ -178,12 +178,13 @@ def check(name, text):
         warnings.simplefilter('ignore')
         return outcome(name, text)
 
-def fuzz(name, n, seed=0):
-    "Give a target `n` inputs; failures, and how many ways they went"
+def fuzz(name, n, seed=0, is_limited=False):
+    "Give a target `n` inputs, which have little memory if it `is_limited`; failures, and how many ways they went"
     signal.signal(signal.SIGALRM, _alarm)
     rng,seeds = random.Random(f'{name} {seed}'),targets[name][2]
     corpus,seen,failures = list(seeds),set(),[]
     for i in range(n):
+        if is_limited and i%100==0: _limit_memory()  # the corpus grows
         text = seeds[i] if i<len(seeds) else mutated(rng, corpus)
         try: kind,seconds = check(name, text)
         except Failure as e:
@@ -207,11 +208,10 @@ def main():
     torch.set_num_threads(1)
     logging.disable()
     for t in targets: fuzz(t, len(targets[t][2]))  # what is imported and cached on first use counts for none
-    _limit_memory()
     total,failed,began = 0,0,time.perf_counter()
     for t,n in shares(args.target or list(targets), args.n).items():
         start = time.perf_counter()
-        failures,kinds = fuzz(t, n, args.seed)
+        failures,kinds = fuzz(t, n, args.seed, is_limited=True)
         total,failed = total+n,failed+len(failures)
         print(f'{t:12}{n:10,} inputs{kinds:6,} ways{len(failures):6,} failures{time.perf_counter()-start:8.0f} s', flush=True)
         for f in failures[:5]: print(f'    {f[:1500]}')
