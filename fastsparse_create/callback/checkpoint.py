@@ -95,7 +95,7 @@ def _is_kept(cb):
 
 def _tags(learn): return [repr(cb) for cb in learn.cbs if isinstance(cb, Modifier)]
 
-# %% ../../nbs/19_callback.checkpoint.ipynb #b1d47015
+# %% ../../nbs/19_callback.checkpoint.ipynb #ee78c7f4
 def _files(folder): return sorted(folder.glob('fit_*_epoch_*.pth')) if folder.is_dir() else []
 
 def latest_checkpoint(folder, # Of a `CheckpointCallback`
@@ -104,7 +104,7 @@ def latest_checkpoint(folder, # Of a `CheckpointCallback`
     files = _files(Path(folder))
     for f in reversed(files):
         try: return read_saved(f)
-        except ValueError: logger.warning(f"{f}: is damaged; the one before it is used")
+        except (ValueError,OSError): logger.warning(f"{f}: is damaged or gone; the one before it is used")
     if files: raise ValueError(f"{folder}: none of its {len(files)} checkpoints can be read")
 
 # %% ../../nbs/19_callback.checkpoint.ipynb #3a83bde1
