@@ -443,7 +443,7 @@ def test_hostile_text_takes_no_time(name):
     start = time.process_time()
     try: parse_recipe(hostile[name])
     except RecipeError as e: assert len(str(e))<600
-    assert time.process_time()-start<3  # seconds of the processor, as others may use it too
+    assert time.process_time()-start<2  # seconds of the processor, as others may use it too
 
 @pytest.mark.parametrize('name', ['brackets','indents','laughs','merges','text_laughs','variable_laughs','text_variables','powers','fences','large'])
 def test_hostile_text_takes_no_memory(name):
