@@ -483,7 +483,7 @@ def test_zeros_are_zeros_in_the_integer_file(deployed):
 def test_openvino_reads_both(deployed):
     openvino = pytest.importorskip('openvino')
     model,x,dense,int8 = deployed
-    for file,limit in ((dense,1e-4),(int8,.05)):
+    for file,limit in ((dense,1e-4),(int8,.1)):  # without VNNI, sums of two products saturate at 16 bits
         out = torch.from_numpy(next(iter(openvino.Core().compile_model(os.fspath(file), 'CPU', {'INFERENCE_PRECISION_HINT':'f32'})([x.numpy()]).values())))
         expected = OnnxModel(file)(x)
         assert (out-expected).square().mean().sqrt()<limit*expected.square().mean().sqrt()

@@ -154,10 +154,10 @@ def test_masked_run_is_the_small_dense_run(opt_func):
 
 def test_masked_run_is_the_small_dense_run_bit_for_bit():
     "With weights, inputs and rates of few binary digits every sum is exact, in whatever order a library adds"
-    big,small,cut = small_and_masked(opt_func=partial(SGD, mom=.5), lr=2**-3, wd=0., n_trn=3)
+    big,small,cut = small_and_masked(opt_func=partial(SGD, mom=.5), lr=2**-3, wd=0., n_trn=2)  # a third step would need 54 digits
     for learn in (big,small):
-        for p in learn.model.parameters(): p.data.mul_(8).round_().div_(8)
-        for dl in learn.dls: dl.dataset = TensorDataset(*(t.mul(2).round().clamp(-3,3).div(2) for t in dl.dataset.tensors))
+        for p in learn.model.parameters(): p.data.sign_().div_(2)
+        for dl in learn.dls: dl.dataset = TensorDataset(*(t.round().clamp(-1,1) for t in dl.dataset.tensors))
         learn.fit(1)
     assert same(cut(big.model), weights(small.model)) and not same(weights(small.model), {n:p.round(decimals=1) for n,p in weights(small.model).items()})
 
