@@ -195,9 +195,9 @@ def fuzz(name, n, seed=0, is_limited=False):
     return failures,len(seen)
 
 def shares(names, n):
-    "How many of `n` inputs each target gets"
+    "How many of at least `n` inputs each target gets"
     total = sum(targets[t][0] for t in names)
-    return {t:max(len(targets[t][2]), round(n*targets[t][0]/total)) for t in names}
+    return {t:max(len(targets[t][2]), -(-n*targets[t][0]//total)) for t in names}
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
