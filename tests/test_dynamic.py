@@ -305,16 +305,13 @@ optimizers = dict(sgd=partial(SGD, mom=.9), adam=Adam, ranger=ranger, lamb=Lamb,
 methods = dict(set=(SET,{}), snfs=(partial(SNFS, num_grads=2),dict(total_only=True)), rigl=(RigL,{}),
                granet=(lambda s,every,sparse_init_f: GraNetPruningModifier(s-.2, s+.3, 0, 2.5, every/8, sparsity_strategy=sparse_init_f.__name__),dict(shrinks=True)))
 surroundings = dict(alone=lambda: [], accumulation=lambda: [GradientAccumulation(16)], clip=lambda: [GradientClip(.05)], overflow=lambda: [Overflow(2,3,8,9)],
-                    half=lambda: [MixedPrecision()], all=lambda: [MixedPrecision(), GradientAccumulation(24), GradientClip(.05), Stranger()])
+                    scaled=lambda: [ScaledPrecision()], all=lambda: [ScaledPrecision(), GradientAccumulation(24), GradientClip(.05), Stranger()])
 distributions = [uniform,first_layer_dense_uniform,erdos_renyi,erdos_renyi_kernel]
 
-def grid():
-    "Each method with each optimizer in two of the surroundings, all distributions in turn"
-    for i,m in enumerate(methods):
-        for j,o in enumerate(optimizers):
-            for k in (0,1): yield m,o,list(surroundings)[(2*i+j+3*k)%6],distributions[(i+j+k)%4]
-
-@pytest.mark.parametrize('method,opt,around,distribution', grid())
+@pytest.mark.parametrize('distribution', distributions)
+@pytest.mark.parametrize('around', surroundings)
+@pytest.mark.parametrize('opt', optimizers)
+@pytest.mark.parametrize('method', methods)
 def test_invariants_after_every_step(method, opt, around, distribution):
     make,promise = methods[method]
     learn = tiny_learner(mlp(), opt_func=optimizers[opt], n_trn=8, lr=.01)

@@ -136,6 +136,7 @@ def test_collected_gradient(n_batches):
     p, = sparse_params(model)
     model(torch.randn(4, 12, dtype=torch.float64)).sum().backward()
     assert p.grad is None
+    model.zero_grad()
     p.collect(True)
     weight,total = p.weight.requires_grad_(),0
     for _ in range(n_batches):
@@ -580,3 +581,40 @@ def test_ranks_score_the_same_gradient(tmp_path):
     args,env = [sys.executable, '-W', 'ignore', '-c', _ranks],{**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':str(root)}
     ranks = [subprocess.Popen([*args, str(r), str(tmp_path/'store')], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for r in range(2)]
     for r in ranks: assert 'agreed' in (out := r.communicate(timeout=120)[0]), out
+
+def _mest(param, grad, **_): return param.abs()+grad.abs()
+
+@pytest.mark.parametrize('method', [RigL, partial(SNFS, num_grads=4), partial(RigL, keep_f=_mest, num_grads=2)], ids=['rigl','snfs','mest'])
+def test_a_scaler_changes_nothing(method):
+    "Scales are powers of 2, so that nothing is rounded; a masked layer is compared with a stored one in each update"
+    def trained(*cbs):
+        model = mlp(d_hid=64)
+        sparsify_model(model, .8)
+        assert len(sparse_layers_(model, .5, 4000).rows)==3 and len(sparse_params(model))==1
+        learn = tiny_learner(model, n_trn=20)
+        learn.fit(2, cbs=[method(every=6, T_end=1.), *cbs])
+        return learn.model.state_dict()
+    plain,scaled = trained(),trained(ScaledPrecision())
+    for n,t in plain.items(): assert t.equal(scaled[n]), n
+
+@pytest.mark.parametrize('factor', [1.,2.**-16,.3,3e-5])
+def test_collected_gradient_is_scaled_as_the_values_are(factor):
+    _,layer,_ = pair(dtype=torch.float32)
+    p = sparse_params(nn.Sequential(layer))[0]
+    p.collect(True)
+    g = torch.Generator().manual_seed(1)
+    layer(torch.randn(8, 12, generator=g)).square().sum().backward()
+    expected = p.grad*factor
+    layer.values.grad.mul_(factor)
+    torch.testing.assert_close(p.grad, expected)
+    assert factor==.3 or factor==3e-5 or p.grad.equal(expected)
+
+@pytest.mark.parametrize('spoil', [lambda g: g.zero_(), lambda g: g.fill_(math.nan), lambda g: g.fill_(math.inf), lambda g: g.neg_()])
+def test_collected_gradient_where_that_of_the_values_says_nothing(spoil):
+    _,layer,_ = pair(dtype=torch.float32)
+    p = sparse_params(nn.Sequential(layer))[0]
+    p.collect(True)
+    layer(torch.randn(8, 12, generator=torch.Generator().manual_seed(1))).square().sum().backward()
+    expected = p.grad
+    spoil(layer.values.grad)
+    assert p.grad.equal(expected)

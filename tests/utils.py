@@ -34,6 +34,12 @@ def tiny_learner(model=None, opt_func=partial(SGD, mom=.9), lr=.05, path='.', dl
     learn.logger = noop
     return learn
 
+class ScaledPrecision(MixedPrecision):
+    "`MixedPrecision` as it is on a GPU: losses are multiplied by a scale, gradients divided by it before the step"
+    def before_fit(self):
+        super().before_fit()
+        self.autocast,self.learn.scaler = torch.autocast('cpu', enabled=False),torch.amp.GradScaler('cpu', init_scale=2.**16, growth_interval=5)
+
 def sparse_learner(sparsity=.6, params='__ALL_PRUNABLE__', **kwargs):
     learn = tiny_learner(**kwargs)
     sparsify_model(learn, sparsity, params)

@@ -77,7 +77,7 @@ class MaskUpdate:
     churn:float # Share of the connections that are new
     ever_active:float # Share of all weights that have been connected at some time ([ITOP](https://arxiv.org/abs/2102.02887)'s R_s)
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #7d679048
+# %% ../../nbs/15a_callback.dynamic.ipynb #477c1e19
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
@@ -224,12 +224,14 @@ class DropAndGrow(PruningModifier, abstract=True):
 
     def _is_open(self):
         start,end = self.window
-        return self._fraction>0 and start<=self.now<end
+        return self._fraction>0 and start<=self._moment<end
 
     def before_batch(self):
         super().before_batch()
         self._is_due,self._is_reached = False,False
-        if not self._is_accumulating: self.needs_dense_grad = self._clock(self.now)>self._next-self._n_gathered and self._is_open()
+        if not self._is_accumulating:
+            self._moment = self.now
+            self.needs_dense_grad = self._clock(self.now)>self._next-self._n_gathered and self._is_open()
         self._is_accumulating = True
         if self.needs_dense_grad:
             for p in self._params: p.collect(True)
@@ -263,10 +265,10 @@ class DropAndGrow(PruningModifier, abstract=True):
     @torch.no_grad()
     def _exchange(self):
         "Choose all masks, then change them"
-        share,batch = check_number(self, 'fraction times what schedule gives', self.fraction_at(self.now), 0, 1),self.epoch*len(self.dls.train)+self.iter
+        share,batch = check_number(self, 'fraction times what schedule gives', self.fraction_at(self._moment), 0, 1),self.epoch*len(self.dls.train)+self.iter
         self._next = self._next_update(self._clock(self.now)+1)
         live = [p for p in self._params if p.param.requires_grad and p.param.grad is not None]
-        contexts = [dict(mask=p.mask, grad=self._gathered.get(p.name), generator=seeded(self.seed, round(self.now*self.n_iter), p.name)) for p in live]
+        contexts = [dict(mask=p.mask, grad=self._gathered.get(p.name), generator=seeded(self.seed, round(self._moment*self.n_iter/self._batches_a_step()), p.name)) for p in live]
         changes = [self.change(p, c, *n) for p,c,n in zip(live, contexts, self.counts(live, contexts, share))]
         self._gathered = {}
         if not self._ever: self._ever = {p.name:p.mask.flatten().clone() for p in self._params}

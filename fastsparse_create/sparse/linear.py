@@ -6,8 +6,8 @@
 __all__ = ['SparsePattern', 'quiet_csr', 'SparseLinear', 'SparseParam', 'sparse_params', 'LayerReport', 'SwappedLayer',
            'sparse_layers_', 'dense_layers_']
 
-# %% ../../nbs/05a_sparse.linear.ipynb #eb0d9b89
-import torch,torch.nn.functional as F,warnings
+# %% ../../nbs/05a_sparse.linear.ipynb #f6e97f50
+import math,torch,torch.nn.functional as F,warnings
 from dataclasses import asdict,dataclass,fields
 from functools import lru_cache
 from html import escape
@@ -205,7 +205,7 @@ def _resize_(t, data):
     t.data = data.new_empty(0, dtype=torch.float16)  # another dtype makes autograd forget the size that it expects of gradients
     t.data = data
 
-# %% ../../nbs/05a_sparse.linear.ipynb #3d461bdc
+# %% ../../nbs/05a_sparse.linear.ipynb #06168b76
 @dataclass(eq=False)
 class SparseParam:
     "The weight of a `SparseLinear` layer as a dense tensor with a mask; its elements are made when they are asked for"
@@ -224,10 +224,11 @@ class SparseParam:
 
     @property
     def grad(self): # Dense tensor, or None if there is no gradient
-        "The dense gradient of all batches since `collect(True)`, scaled as the loss was"
+        "The dense gradient of all batches since `collect(True)`, scaled as that of the stored weights is"
         if not self.layer.collected: return
         g,x = (torch.cat(o, 1) for o in zip(*self.layer.collected))
-        return mean_over_ranks_(g@x.t())
+        dense = mean_over_ranks_(g@x.t())
+        return dense.mul_(_factor(dense.flatten()[self.layer.positions], self.param.grad))
 
     def collect(self, on:bool):
         "From the next forward pass on, keep what `grad` needs; or forget it, and keep nothing"
@@ -259,6 +260,15 @@ class SparseParam:
         for t in {id(t):t for t in [values, *slots]}.values(): _resize_(t, moved(t))
         if grad is not None: values.grad = moved(grad)
         layer._index(new)
+
+def _factor(collected, own):
+    "What a gradient was multiplied by since it was collected, by a scaler or when it was clipped; a power of 2 if it is close to one, so that nothing is rounded"
+    if own is None: return 1.
+    collected,own = collected.double(),own.double()
+    factor = (own@collected/(collected@collected)).item()
+    if not 0<factor<math.inf: return 1.
+    near = 2.**round(math.log2(factor))
+    return near if abs(factor/near-1)<1e-4 else factor
 
 def _sort(x):
     "As `x.sort()`; NumPy sorts several times as fast"
