@@ -18,7 +18,7 @@ _models = """name of a network of fastai, torchvision or timm (detection: a one-
 _data = """folder. Classification: train/<class>/ and valid/<class>/, or <class>/, or a .csv that lists images and labels, or 'digits', or the name of a data set of fastai; detection: images/ and labels/ of YOLOv5, segmentation: masks/, too; split by train/ and val/ or not, or a data.yaml; of language: file .jsonl, .json or .csv, or a folder with train.* and valid.*, files of CoNLL-2003 and SQuAD, too"""
 _metrics = """classification: accuracy (default), f1, recall, precision or error_rate; with several labels: accuracy_multi (default), f1, recall, precision; detection: mAP (default), mAP_50, recall; segmentation: mean_iou (default), dice, accuracy; text: accuracy (default), f1, recall, precision or matthews; tokens: f1 (default), precision, recall, accuracy; answers: f1 (default), exact_match"""
 _train_kwargs = """dict of options: lr, wd, bs; of images size, augment, workers, pretrained, arch; of a .csv image, label, split, folder, label_delim, single_label; of language max_length, new_head, and names of columns, such as text and label: '{"lr": 0.001, "bs": 32}'"""
-_resume = "go on with what was interrupted: its folder, whose name ends in '_incomplete'; what else is needed stands there"
+_resume = "go on with what was interrupted: its folder, whose name ends in '_incomplete'; all else stands there, but a model or teacher that is a .pkl is named again"
 _codes = 'Exit codes: 0 when all is written; 2 if something in the command or the data has to be changed; 1 if the run failed or was interrupted.'
 
 def _common(p, levels):
@@ -27,13 +27,13 @@ def _common(p, levels):
     add('--use-case', help=_uses)
     add('--model', help=_models)
     add('--data', help=_data)
-    add('--optim-level', default='0.5', help=f'{levels}; 2 to 100 are percent (default: %(default)s)')
+    add('--optim-level', help=f'{levels}; 2 to 100 are percent (default: 0.5)')
     add('--eval-metric', help=_metrics)
     add('--train-kwargs', help=_train_kwargs)
     add('--train-samples', type=int, help='take so many of the examples for training')
     add('--val-samples', type=int, help='validate with so many of the examples')
-    add('--working-dir', default='.', help='where the folder with the results is made (default: here)')
-    add('--seed', type=int, default=42, help='of everything random (default: %(default)s)')
+    add('--working-dir', help='where the folder with the results is made (default: here)')
+    add('--seed', type=int, help='of everything random (default: 42)')
     add('--quiet', action='store_true', help='say nothing but where the results are')
 
 def _parser():
@@ -43,7 +43,7 @@ def _parser():
         description='Train a dense model, then a sparse one from the same start, and write recipe, weights, metrics and a report into a new folder.')
     _common(aware, '0: dense only; below 0.3: INT8; 0.3 to 1: INT8 and 60%% to 95%% sparse')
     add = aware.add_argument
-    add('--target', default='any', help='where the model is to run. any: zeros anywhere and INT8, a small file; onnxruntime: whole channels removed and INT8, fast in ONNX Runtime; gpu: two of each four weights zero (2:4) and INT8 (default: %(default)s)')
+    add('--target', help='where the model is to run. any: zeros anywhere and INT8, a small file; onnxruntime: whole channels removed and INT8, fast in ONNX Runtime; gpu: two of each four weights zero (2:4) and INT8 (default: any)')
     add('--recipe', help='file .yaml or .md with a recipe; default: one is generated for the optim level')
     add('--recipe-args', help="values for the recipe's variables: 'sparsity=0.9,num_epochs=5', or JSON")
     add('--epochs', type=int, help='of each of the two trainings; default: what suits the data, or the recipe')
@@ -58,7 +58,7 @@ def _parser():
     one_shot = commands.add_parser('one-shot', allow_abbrev=False, epilog=_codes, help='make a trained model sparse without training',
         description='Prune and quantize a trained model (--model: a file, or a folder of language) by a few hundred examples of its data, without training, and compare the two.')
     _common(one_shot, '0: nothing; below 0.3: INT8; 0.3 to 1: INT8 and 40%% to 80%% sparse')
-    one_shot.add_argument('--target', default='any', help='where the model is to run. any: zeros anywhere and INT8, a small file; gpu: two of each four weights zero (2:4) and INT8 (default: %(default)s)')
+    one_shot.add_argument('--target', help='where the model is to run. any: zeros anywhere and INT8, a small file; gpu: two of each four weights zero (2:4) and INT8 (default: any)')
     return top,commands.choices
 
 # %% ../nbs/45_cli.ipynb #418e2a4d
@@ -79,23 +79,27 @@ def _experiment(command, kwargs, resume):
     from fastsparse_create.experiment.sparse_transfer import SparseTransfer
     from fastsparse_create.experiment.training_aware import TrainingAware
     kind = {'training-aware':TrainingAware, 'sparse-transfer':SparseTransfer, 'one-shot':OneShot}[command]
-    return kind(**kwargs) if resume is None else kind.resumed(resume)
+    return kind(**kwargs) if resume is None else kind.resumed(resume, **kwargs)
+
+def _options(names): return ', '.join(f"--{n.replace('_', '-')}" for n in names)
 
 def main(argv:list=None, # Arguments; default: those of the process
         )->int: # Exit code
     "Run the command line"
     argv = sys.argv[1:] if argv is None else argv
     top,parsers = _parser()
-    args = vars(top.parse_args(argv))
+    args = {k:v for k,v in vars(top.parse_args(argv)).items() if v is not None}
     command,resume,quiet = args.pop('command'),args.pop('resume', None),args.pop('quiet')
     parser = parsers[command]
     if resume is None:
-        missing = [f'--{n}' for n in ('use-case','model','data') if args[n.replace('-', '_')] is None]
-        if missing: parser.error(f"the following arguments are required: {', '.join(missing)}")
+        missing = _options(n for n in ('use_case','model','data') if n not in args)
+        if missing: parser.error(f"the following arguments are required: {missing}")
+        args['command'] = shlex.join(['fastsparse.run', *argv])
+    elif others := _options(n for n in args if n not in ('model','teacher')): parser.error(f"--resume goes on with what its folder says; leave out {others}")
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format='%(message)s')
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # fastai's and torch's, about their own code
-        try: experiment = _experiment(command, {**args, 'command':shlex.join(['fastsparse.run', *argv])}, resume)
+        try: experiment = _experiment(command, args, resume)
         except (ValueError,OSError) as e: parser.error(' '.join(str(e).split()))
         try:
             with _stopped_gently(experiment): experiment.run(show_bar=sys.stdout.isatty() and not quiet)

@@ -7,6 +7,7 @@ from fastsparse_create.cli import main
 from fastsparse_create.experiment import training_aware as aware
 from fastsparse_create.experiment.models import *
 from fastsparse_create.experiment.one_shot import *
+from fastsparse_create.experiment.sparse_transfer import *
 from fastsparse_create.experiment.training_aware import *
 from fastsparse_create.masking import measured_sparsity
 from fastsparse_create.quantization.convert import is_quantized
@@ -75,6 +76,87 @@ def test_resume_of_something_else(spoil, said, tmp_path, capsys):
     (tmp_path/'arguments.json').write_text('{}')
     spoil(tmp_path)
     assert said in refused(capsys, '--resume', tmp_path)
+
+@pytest.mark.parametrize('text', ['[]','{"use_case": 5, "model": "squeezenet1_1", "data": "digits"}','['*100_000,json.dumps({**kwargs, 'seed':'x'}),json.dumps({**kwargs, 'recipe':5}),json.dumps({**kwargs, 'teacher':['x.pkl']})])
+def test_resume_of_damaged_arguments(text, tmp_path, capsys):
+    (tmp_path/'arguments.json').write_text(text)
+    assert 'is damaged' in refused(capsys, '--resume', tmp_path)
+
+class Trace:
+    "A pickle of it makes a file when it is opened"
+    def __init__(self, file): self.file = file
+    def __reduce__(self): return Path.touch,(self.file,)
+
+@pytest.fixture
+def from_elsewhere(tmp_path):
+    "A folder that says it was interrupted, whose files leave a trace when they are opened as pickles"
+    folder,trace = tmp_path/'got_incomplete',tmp_path/'trace'
+    folder.mkdir()
+    for name in ('evil.pkl','learner.pkl','model.pth'): torch.save(Trace(trace), folder/name)
+    def _made(**given):
+        (folder/'arguments.json').write_text(json.dumps({**kwargs, 'epochs':1, 'optim_level':0, **given}))
+        return folder,trace
+    return _made
+
+@pytest.mark.parametrize('role', ['model','teacher'])
+@pytest.mark.parametrize('command', ['training-aware','sparse-transfer'])
+def test_resume_opens_no_pickle_that_only_the_folder_names(role, command, from_elsewhere, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evil = str(tmp_path/'got_incomplete'/'evil.pkl')
+    for name in (evil,'got_incomplete/evil.pkl'):
+        folder,trace = from_elsewhere(**{role:name})
+        assert f'the {role} is a pickle, which may run any code' in refused(capsys, '--resume', folder, command=command)
+        assert f"the {role} is '{name}', not 'other.pkl'" in refused(capsys, '--resume', folder, f'--{role}', 'other.pkl', command=command)
+        assert not trace.exists()
+    with pytest.raises(SystemExit): main([command, '--resume', str(folder), f'--{role}', evil])
+    assert trace.exists(), "the pickle leaves no trace, so that this test shows nothing"
+
+def test_resume_opens_no_other_pickle_of_the_folder(from_elsewhere, capsys, quick):
+    folder,trace = from_elsewhere(teacher=None)
+    assert 'teacher is None' in refused(capsys, '--resume', folder, '--teacher', 'evil.pkl')
+    assert 'holds more than tensors' in refused(capsys, '--resume', from_elsewhere(model=str(folder/'model.pth'))[0])
+    from_elsewhere()
+    (folder/'checkpoints'/'dense').mkdir(parents=True)
+    torch.save(Trace(trace), folder/'checkpoints'/'dense'/'fit_00_epoch_00001.0000000.pth')
+    with pytest.raises(ValueError, match='none of its 1 checkpoints can be read'): main(['training-aware', '--resume', str(folder)])
+    assert not trace.exists() and (folder/'evil.pkl').exists()
+
+def test_resume_leaves_a_given_folder_to_its_owner(from_elsewhere, monkeypatch):
+    folder,_ = from_elsewhere(model='squeezenet1_1')
+    (folder/'model.pth').unlink()
+    stop_at(monkeypatch, 1, 0)
+    with pytest.raises(Stopped): TrainingAware.resumed(folder).run(show_bar=False)
+    assert (folder/'evil.pkl').exists()
+
+@pytest.mark.parametrize('args,said', [
+    (('--epochs','9','--optim-level','0.9','--seed','7'), '--optim-level, --seed, --epochs'), (('--seed','42'), '--seed'), (('--optim-level','0.5'), '--optim-level'), (('--working-dir','.'), '--working-dir'),
+    (('--data','digits'), '--data'), (('--target','any'), '--target'), (('--recipe','r.yaml','--quiet'), '--recipe')])
+def test_resume_takes_no_other_arguments(args, said, tmp_path, capsys):
+    assert refused(capsys, '--resume', tmp_path, *args)==f'fastsparse.run training-aware: --resume goes on with what its folder says; leave out {said}'
+
+def test_resume_from_another_folder(whole, tmp_path, monkeypatch, quick, caplog):
+    from test_cli import make_images
+    here,there = tmp_path/'here',tmp_path/'there'
+    there.mkdir()
+    for i,c in enumerate('abcdefghij'): make_images(here/'data'/c, 4, 25*i)
+    aware.shutil.copy(whole/'model.pth', here/'start.pth')
+    aware.shutil.copy(whole/'learner.pkl', here/'my teacher.pkl')
+    monkeypatch.chdir(here)
+    with monkeypatch.context() as m:
+        stop_at(m, 2, 1)
+        with pytest.raises(Stopped): SparseTransfer('ic', 'start.pth', 'data', epochs=2, teacher='my teacher.pkl', train_kwargs={'bs':8}, working_dir='out').run(show_bar=False)
+    folder, = (here/'out').iterdir()
+    assert f"--resume {folder.relative_to(here)} --teacher '{here}/my teacher.pkl'" in caplog.text
+    monkeypatch.chdir(there)
+    assert main(['sparse-transfer', '--resume', '../here/out/'+folder.name, '--teacher', '../here/my teacher.pkl', '--quiet'])==0
+    done, = (here/'out').iterdir()
+    assert done.name==folder.name.removesuffix('_incomplete') and (done/'report.html').exists() and not list(there.iterdir())
+
+def test_resume_keeps_options_that_are_as_usual(tmp_path):
+    exp = TrainingAware(**{**kwargs, 'train_kwargs':{'bs':64,'augment':False}}, working_dir=tmp_path)
+    exp.folder = tmp_path
+    exp._note_arguments()
+    assert TrainingAware.resumed(tmp_path).options==exp.options
 
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, quick, caplog):
     def fail(*args, **kwargs): raise OSError(28, 'No space left on device', str(tmp_path/'x'))

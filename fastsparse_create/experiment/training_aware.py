@@ -6,18 +6,20 @@
 __all__ = ['TrainingAware', 'training_aware']
 
 # %% ../../nbs/42_experiment.training_aware.ipynb #0caa5d0c
-import shutil,time
+import os,shlex,shutil,time
 from contextlib import nullcontext
 from dataclasses import asdict,replace
 from importlib.util import find_spec
 from fastai.basics import *
 from ..callback.checkpoint import *
+from ..callback.distillation import is_pickle
 from ..callback.pruning import *
 from ..callback.quantization import *
 from ..callback.structured import *
 from ..channels import *
 from .core import *
 from .plan import *
+from ..files import *
 from ..masking import *
 from ..recipe.compile import *
 from ..selection import *
@@ -40,7 +42,8 @@ class TrainingAware(Experiment):
         if epochs is not None and epochs<1: raise ValueError(f"epochs must be at least 1, got {epochs}")
         store_attr('recipe_args,teacher')
         self.recipe_path,self._epochs,self.is_given,self._resumed_from = recipe,epochs,recipe is not None,None
-        self._arguments = dict(use_case=use_case, model=str(model), data=str(data), recipe=None if recipe is None else str(Path(recipe).absolute()), recipe_args=recipe_args, epochs=epochs, teacher=teacher, **kwargs)
+        self._arguments = dict(use_case=use_case, model=_model_place(model), data=_place(data, Path.exists), recipe=None if recipe is None else str(Path(recipe).absolute()),
+                               recipe_args=recipe_args, epochs=epochs, teacher=teacher and _model_place(teacher), **kwargs)
         super().__init__(use_case, model, data, **kwargs)
 
     def plan(self, model, example):
@@ -85,12 +88,16 @@ class TrainingAware(Experiment):
     @classmethod
     def resumed(cls,
                 folder, # One that ends in `_incomplete`
+                model:str=None, # As it was given: needed only of a `.pkl`, which isn't opened because a folder says so
+                teacher:str=None, # As `model`
                )->'TrainingAware':
         "The experiment that was interrupted, ready to `run` on"
-        file = Path(folder).expanduser()/'arguments.json'
+        file = Path(os.path.abspath(Path(folder).expanduser()))/'arguments.json'
         if not file.is_file(): raise ValueError(f"{folder}: is no folder of an interrupted experiment, arguments.json is missing")
-        try: self = cls(**json.loads(file.read_text(encoding='utf-8')))
-        except (TypeError,json.JSONDecodeError) as e: raise ValueError(f"{file}: is damaged, {e}") from e
+        given = _read_arguments(file)
+        _check_named(file, given, model=model, teacher=teacher)
+        try: self = cls(**{**given, 'working_dir':file.parent.parent})
+        except TypeError as e: raise ValueError(f"{file}: is damaged, {e}") from e
         self._resumed_from = file.parent
         return self
 
@@ -100,11 +107,12 @@ class TrainingAware(Experiment):
         "Train, measure, and write the folder `self.folder`, which has this name when all of it is written"
         self.folder = self._begin()
         try:
+            if not self._resumed_from: self._note_arguments()
             self.runs = self._with_less_memory(show_bar)
             with no_random(self.seed): self.write(self.folder)
         except BaseException as e:
-            if not any(self.folder.glob('**/*.pth')): shutil.rmtree(self.folder)
-            elif not isinstance(e, RuntimeError): logger.info(f"What was trained is kept: fastsparse.run {self.kind.replace('_', '-')} --resume {self.folder}")
+            if not any(self.folder.glob('**/*.pth')): self._remove_begun()
+            elif not isinstance(e, RuntimeError): logger.error(f"What was trained is kept: {self._resume_command}")
             raise
         shutil.rmtree(self.folder/'checkpoints')
         (self.folder/'arguments.json').unlink()
@@ -113,16 +121,23 @@ class TrainingAware(Experiment):
         return self
 
     def _begin(self):
-        "The folder, with what is needed to go on"
+        "The folder"
         if self._resumed_from: return self._resumed_from
         folder = unused_path(self._folder().with_name(f'{self._folder().name}_incomplete'))
         folder.mkdir()
-        self._note_arguments(folder)
         return folder
 
-    def _note_arguments(self, folder):
-        kwargs = {k:v for k,v in vars(self.options).items() if v!=getattr(type(self.options)(), k)}
-        (folder/'arguments.json').write_text(json.dumps({**self._arguments, 'train_kwargs':kwargs, 'working_dir':str(self.working_dir.absolute())}, indent=1), encoding='utf-8')
+    def _remove_begun(self):
+        "A folder that was given is its owner's"
+        if not self._resumed_from: shutil.rmtree(self.folder)
+
+    @property
+    def _resume_command(self):
+        pickles = [o for k in ('model','teacher') if is_pickle(self._arguments[k]) for o in (f'--{k}',self._arguments[k])]
+        return shlex.join(['fastsparse.run', self.kind.replace('_', '-'), '--resume', str(self.folder), *pickles])
+
+    def _note_arguments(self):
+        with atomic_path(self.folder/'arguments.json') as tmp: tmp.write_text(json.dumps({**self._arguments, 'train_kwargs':asdict(self.options), 'working_dir':str(self.working_dir)}, indent=1), encoding='utf-8')
 
     def _with_less_memory(self, show_bar):
         "The runs, with batches that fit into memory"
@@ -134,7 +149,7 @@ class TrainingAware(Experiment):
             logger.warning(f"Out of memory: both trainings begin again with a batch size of {self.options.bs}")
             shutil.rmtree(self.folder/'checkpoints', ignore_errors=True)
             if torch.cuda.is_available(): torch.cuda.empty_cache()
-            self._note_arguments(self.folder)
+            self._note_arguments()
 
     def make_runs(self, show_bar):
         runs = [self._train('dense', dense_part(self.recipe), None, show_bar)]
@@ -155,6 +170,26 @@ class TrainingAware(Experiment):
             shutil.rmtree(self.folder/'checkpoints')
             raise RuntimeError(f"the training of the {name} model diverged: its loss is not a number; try a lower lr")
         return Run(name, self.learner(learn.dls, make_permanent(learn.model)), seconds, learn.recorder, _history(name, learn.recorder))
+
+def _place(name, is_there):
+    "Its absolute path if it is there, else its name"
+    path = Path(name).expanduser()
+    return os.path.abspath(path) if is_there(path) else str(name)
+
+def _model_place(name): return _place(name, lambda path: path.suffix in ('.pth','.pt','.pkl') or (path/'config.json').is_file())
+
+def _read_arguments(file):
+    try: given = json.loads(file.read_text(encoding='utf-8'))
+    except (ValueError,RecursionError) as e: raise ValueError(f"{file}: is damaged, {e}") from e
+    if isinstance(given, dict) and all(isinstance(given.get(k), str) for k in ('use_case','model','data')): return given
+    raise ValueError(f"{file}: is damaged, it doesn't say use_case, model and data")
+
+def _check_named(file, given, **named):
+    "A folder may come from anybody: of the pickles that it names, only those are opened that its user names, too"
+    for k,v in named.items():
+        noted = given.get(k)
+        if v is not None and (noted is None or _model_place(v)!=_model_place(noted)): raise ValueError(f"{file}: the {k} is {noted!r}, not {str(v)!r}; leave it out")
+        if v is None and is_pickle(noted): raise ValueError(f"{file}: the {k} is a pickle, which may run any code: only if you trust it, say --{k} {shlex.quote(noted)}, too")
 
 def _is_out_of_memory(e):
     said = str(e).lower()
