@@ -17,6 +17,7 @@ from fastsparse_create.callback.second_order import *
 from fastsparse_create.callback.structured import *
 from fastsparse_create.callback.topkast import *
 from fastsparse_create.callback.training import *
+from fastsparse_create.sparse.linear import *
 
 n_iter,n_epoch = 6,4
 
@@ -32,6 +33,15 @@ class StopAfter(Callback):
 def conv_net():
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(3,16,3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16,16,3), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(.2), nn.Linear(16,2))
+
+def stored_net():
+    "Numbers of connections move between its layers"
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), SparseLinear(192,16,.8), nn.ReLU(), SparseLinear(16,16,.5), nn.ReLU(), nn.Linear(16,2))
+
+def wide_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3,32,3), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32,16,3), *conv_net()[4:])
 
 def learner(path, opt_func=partial(SGD, mom=.9), cbs=None, model=conv_net):
     "Batches in another order in each epoch, and dropout"
@@ -92,12 +102,13 @@ cases = dict(
     by_layers     = lambda: [GMPruningModifier(.05, .8, 0., 3., .25), PerLayerDistillationModifier(.05, start_epoch=.5)],
     best          = lambda: [SaveModelCallback(), GMPruningModifier(.05, .8, 0., 2., .25)],
     accumulated   = lambda: [GradientAccumulation(12), GMPruningModifier(.05, .8, .5, 3., .25)],
+    stored        = lambda: [SNFS(every=2)],
     clipped       = lambda: [GradientClip(.1), RigL(.6, every=2)],
 )
 
 @pytest.mark.parametrize('at', [2,8,15,20])
 @pytest.mark.parametrize('name', cases)
-def test_goes_on(name, at, tmp_path): assert_goes_on(cases[name], at if name!='accumulated' else max(3, at), tmp_path)
+def test_goes_on(name, at, tmp_path): assert_goes_on(cases[name], at if name!='accumulated' else max(3, at), tmp_path, model=stored_net if name=='stored' else conv_net)
 
 @pytest.mark.parametrize('opt_func', [Adam, partial(OptimWrapper, opt=torch.optim.AdamW), ranger], ids=['Adam','AdamW of torch','ranger'])
 @pytest.mark.parametrize('at', [8,18])
@@ -163,20 +174,61 @@ def test_damaged_files_are_passed_over(spoil, tmp_path, caplog):
     one_cycle(again, [*cases['gmp'](), CheckpointCallback('cp', 1, resume=True)])
     assert same(state_of(again), state_of(whole(cases['gmp'], tmp_path/'whole'))) and 'is damaged or gone' in caplog.text and newer.name in caplog.text
 
+def less(*names):
+    "A checkpoint without one of its sections"
+    def spoil(f):
+        state = at = torch.load(f, weights_only=True)
+        for n in names[:-1]: at = at[n]
+        del at[names[-1]]
+        torch.save(state, f)
+    return spoil
+
+@pytest.mark.parametrize('spoil', [lambda f: torch.save({'a':torch.ones(3)}, f), lambda f: torch.save([1], f), lambda f: torch.save({}, f), lambda f: torch.save(conv_net().state_dict(), f),
+                                   less('random'), less('random',0), less('recorder'), less('recorder','noted'), less('notes','trainable'), less('model'), less('n_iter'), less('optimizer')])
+def test_what_is_no_checkpoint_is_passed_over(spoil, tmp_path, caplog):
+    with pytest.raises(Stopped): one_cycle(learner(tmp_path), [*cases['gmp'](), CheckpointCallback('cp', 1), StopAfter(9)])
+    older,newer = sorted((tmp_path/'cp').iterdir())
+    spoil(newer)
+    again = learner(tmp_path)
+    one_cycle(again, [*cases['gmp'](), CheckpointCallback('cp', 1, resume=True)])
+    assert same(state_of(again), state_of(whole(cases['gmp'], tmp_path/'whole'))) and 'is damaged or gone' in caplog.text and newer.name in caplog.text
+
 def test_what_does_not_fit_changes_nothing(tmp_path):
     with pytest.raises(Stopped): one_cycle(learner(tmp_path), [*cases['gmp'](), CheckpointCallback('cp', 1), StopAfter(9)])
     files = {f.name:f.read_bytes() for f in (tmp_path/'cp').iterdir()}
-    def refused(said, cbs=(), fit=one_cycle, model=conv_net, **kwargs):
-        learn = learner(tmp_path, model=model)
+    def refused(said, cbs=(), fit=one_cycle, model=conv_net, opt_func=partial(SGD, mom=.9), splitter=trainable_params, **kwargs):
+        learn = learner(tmp_path, opt_func, model=model)
+        learn.splitter = splitter
         before = weights(learn.model)
         with pytest.raises(ValueError, match=said): fit(learn, [*cbs, CheckpointCallback('cp', 1, **kwargs)])
         assert same(before, weights(learn.model)) and all(p.mask.all() for p in masked_params(learn.model)) and files=={f.name:f.read_bytes() for f in (tmp_path/'cp').iterdir()}
     refused('pass resume=True', cases['gmp']())
     refused('made with .*GMPruning.*, this fit has none', resume=True)
     refused('a fit of 4 epochs, this one has 5', cases['gmp'](), lambda learn,cbs: learn.fit_one_cycle(5, cbs=cbs), resume=True)
+    for said,model in {'only the checkpoint has 9.weight, 9.bias':lambda: conv_net()[:9], 'only this model has 10.weight, 10.bias':lambda: nn.Sequential(*conv_net(), nn.Linear(2,2)),
+                       r'9.weight is of shape \(2, 16\), in this model of \(3, 16\)':lambda: nn.Sequential(*conv_net()[:9], nn.Linear(16,3)),
+                       r'0.weight is of shape \(16, 3, 3, 3\), in this model of \(32, 3, 3, 3\)':wide_net}.items():
+        refused(f'is of another model: {said}', cases['gmp'](), model=model, resume=True)
+    for name,opt_func in {r'Optimizer\(.*adam_step\)':Adam, r'Optimizer\(.*sgd_step\)':SGD, 'OptimWrapper of SGD':partial(OptimWrapper, opt=torch.optim.SGD), r'Lookahead of Optimizer\(.*\)':ranger}.items():
+        refused(rf'is of another optimizer, of Optimizer\(.*momentum_step\), this fit has {name}', cases['gmp'](), opt_func=opt_func, resume=True)
+    refused('of 1 groups of parameters, this fit has 2', cases['gmp'](), splitter=lambda m: [params(m[:3]), params(m[3:])], resume=True)
     for f in (tmp_path/'cp').iterdir(): f.write_bytes(b'x')
     files = {f.name:f.read_bytes() for f in (tmp_path/'cp').iterdir()}
     refused('none of its 2 checkpoints can be read', cases['gmp'](), resume=True)
+
+def test_other_arguments_are_told(tmp_path, caplog):
+    def said(folder, old, new):
+        with pytest.raises(Stopped): one_cycle(learner(tmp_path), [SetLearningRateModifier(.02, start_epoch=1.5), old, CheckpointCallback(folder, 1), StopAfter(9)])
+        caplog.clear()
+        one_cycle(learner(tmp_path), [SetLearningRateModifier(.02, start_epoch=1.5), new, CheckpointCallback(folder, 1, resume=True)])
+        return [m for m in caplog.messages if 'goes on with' in m]
+    first = lambda **kwargs: GMPruningModifier(**{**dict(init_sparsity=.05, final_sparsity=.8, start_epoch=0, end_epoch=3, update_frequency=.25), **kwargs})
+    for i,(old,new) in enumerate([(first(),first(final_sparsity=.9)), (first(),first(end_epoch=2)), (first(),first(params=['0.weight'])), (RigL(.6, every=2),RigL(.6, every=2, grow_f=by_magnitude))]):
+        text, = said(f'other{i}', old, new)
+        assert text.count(f'{type(old).__name__}(')==2 and 'the checkpoint was made with' in text
+    for i,(old,new) in enumerate([(first(),first(start_epoch=0., end_epoch=3.)), (RigL(.6, every=2),RigL(.6, every=2))]): assert said(f'same{i}', old, new)==[]
+
+def by_magnitude(weight, **_): return weight.abs()
 
 def test_interrupted_again_and_again(tmp_path):
     "Between two epochs, in the midst of the next one, and in it once more"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['latest_checkpoint', 'CheckpointCallback']
 
-# %% ../../nbs/19_callback.checkpoint.ipynb #3ccc11f1
-import math,random
+# %% ../../nbs/19_callback.checkpoint.ipynb #e6d45762
+import math,random,re
 from dataclasses import asdict
 from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
@@ -19,6 +19,7 @@ from ..files import *
 from ..masking import *
 from ..quantization.convert import *
 from ..selection import unwrap_model
+from ..sparse.linear import SparseLinear
 from ..thinning import *
 
 # %% ../../nbs/19_callback.checkpoint.ipynb #0c1f126d
@@ -44,10 +45,17 @@ def _set_random_states(everybodys, rank, dl):
     own = random.getrandbits(31)^rank
     for seed in (random.seed,np.random.seed,torch.manual_seed): seed(own)
 
-# %% ../../nbs/19_callback.checkpoint.ipynb #746dc43d
+# %% ../../nbs/19_callback.checkpoint.ipynb #8c40c007
 def _optimizer_state(opt):
     "As data"
     return as_data(dict(opt.state_dict()))
+
+def _optimizer_kind(opt):
+    "Its class, and that of what it wraps; those of fastai are of one class and differ in what a step does"
+    names,o = [],opt
+    while o is not None: names,o = [*names,type(o).__name__],vars(o).get('opt')
+    steps = [getattr(f, 'func', f) for f in getattr(opt, 'cbs', [])]
+    return ' of '.join(names)+(f"({', '.join(getattr(f, '__name__', type(f).__name__) for f in steps)})" if steps else '')
 
 def _load_optimizer(opt, state, device):
     state = from_data(state, device)
@@ -78,36 +86,82 @@ def _load_recorder(recorder, state, device):
     if state['mask_updates']: recorder.mask_updates = [MaskUpdate(**u) for u in state['mask_updates']]
     for m,s in zip(recorder._train_mets, state['metrics']): vars(m).update(from_data(s, device))
 
+def _shapes(model):
+    "Of all tensors, but those that have the size which they are loaded with"
+    stored = [n for n,m in model.named_modules() if isinstance(m, SparseLinear)]
+    def is_fixed(k): return k.rpartition('.')[0] not in stored or not k.endswith(('values','col_indices'))
+    return {k:v.shape for k,v in model.state_dict().items() if isinstance(v, Tensor) and is_fixed(k)}
+
 def _load_model(learn, state, averages):
     "Give model and averages the weights of `state`, and the sizes, masks and layers that go with them"
     for model,s in zip([learn.model, *averaged_models(learn)], [state, *averages]):
         inner = unwrap_model(model)
         own = inner.state_dict()
-        if any(k in own and own[k].shape!=v.shape for k,v in s.items()): thin_like(inner, s)
+        if any(k in s and s[k].shape!=shape for k,shape in _shapes(inner).items()): thin_like(inner, s)
         if not is_quantized(inner) and any(k.split('.')[-1]=='quantization' for k in s): quantize_like(inner, s)
         masks = [k.removesuffix('_mask') for k,v in s.items() if k.endswith('_mask') and v.dtype==torch.bool and k not in own]
         if masks: attach_masks(inner, masks)
-        inner.load_state_dict(s)
+        try: inner.load_state_dict(s)
+        except RuntimeError as e: raise ValueError(f"the checkpoint is of another model: {e}") from e
+
+def _why_no_model(model, state, params, thins):
+    "Why `_load_model` can't give `model` the weights of `state`, that has these parameters; None if it can"
+    own = {k:v for k,v in _shapes(model).items() if k.split('.')[-1] not in ('quantization','input_range','output_range')}
+    mine = dict(model.named_parameters())
+    for who,names in (('the checkpoint',[k for k in params if k not in mine]),('this model',[k for k in {**mine, **own} if k not in state])):
+        if names: return f"only {who} has {', '.join(names[:3])}{' and others' if len(names)>3 else ''}"
+    def fits(new, old): return new==old or thins and len(new)==len(old) and all(n<=o for n,o in zip(new, old))
+    wrong = first(k for k in own if not fits(state[k].shape, own[k]))
+    if wrong: return f"{wrong} is of shape {tuple(state[wrong].shape)}, in this model of {tuple(own[wrong])}"
+
+def _why_no_optimizer(opt, state, kind):
+    "Why `opt` can't go on from `state`, of an optimizer of this kind; None if it can"
+    own,here = dict(opt.state_dict()),_optimizer_kind(opt)
+    if kind!=here: return f"of {kind}, this fit has {here}"
+    groups,saved = (o.get('hypers', o.get('param_groups', [])) for o in (own,state))
+    if len(groups)!=len(saved): return f"of {len(saved)} groups of parameters, this fit has {len(groups)}"
+    if 'hypers' not in own: return
+    lacks = first(k for a,b in zip(groups, saved) for k in a if k not in b)
+    if lacks: return f"without {lacks}, which that of this fit needs"
+    if len(own['state'])!=len(state['state']): return f"of {len(state['state'])} parameters, this fit has {len(own['state'])}"
 
 def _is_kept(cb):
     not_kept = (Recorder,CheckpointCallback,_Resume,TrainEvalCallback,ProgressCallback)
     return not isinstance(cb, not_kept) and type(cb).__name__!='DistributedTrainer'  # fastai has it only where Accelerate is installed
 
-def _tags(learn): return [repr(cb) for cb in learn.cbs if isinstance(cb, Modifier)]
+def _tags(learn):
+    "Modifiers as text, without addresses of functions, and with one way to write a number"
+    return [re.sub(r'(?<=\d)\.0(?=[,)}\]])', '', re.sub(r' at 0x\w+', '', repr(cb))) for cb in learn.cbs if isinstance(cb, Modifier)]
 
-# %% ../../nbs/19_callback.checkpoint.ipynb #ee78c7f4
+# %% ../../nbs/19_callback.checkpoint.ipynb #cdcc3bae
 def _files(folder): return sorted(folder.glob('fit_*_epoch_*.pth')) if folder.is_dir() else []
+
+_random_form = dict(python=tuple, numpy=list, torch=Tensor, cuda=list, loader=object)
+_form = dict(fit=int, epoch=int, iter=int, n_epoch=int, n_iter=int, train_iter=int, pct_train=(int,float), model=dict, averages=[dict],
+             notes=dict(trainable=dict, enforced=dict, quantized=dict), gradients=dict, optimizer_kind=str, optimizer=dict, scaler=object, callbacks=[tuple],
+             recorder=dict(noted=dict, losses=object, mask_updates=[dict], metrics=[dict]), random_at_start=[_random_form], random=[_random_form], modifiers=[str])
+
+def _has_form(o, form):
+    "Are all sections there, and of their types?"
+    if isinstance(form, dict): return isinstance(o, dict) and all(k in o and _has_form(o[k], f) for k,f in form.items())
+    if isinstance(form, list): return isinstance(o, list) and all(_has_form(v, form[0]) for v in o)
+    return isinstance(o, form)
+
+def _read(file):
+    state = read_saved(file)
+    if _has_form(state, _form) and state['n_iter']>0 and state['random']: return state
+    raise ValueError(f"{file}: no checkpoint")
 
 def latest_checkpoint(folder, # Of a `CheckpointCallback`
                      )->dict: # None: there is none
     "The latest checkpoint that can be read; `ValueError` if there are some, and none can"
     files = _files(Path(folder))
     for f in reversed(files):
-        try: return read_saved(f)
+        try: return _read(f)
         except (ValueError,OSError): logger.warning(f"{f}: is damaged or gone; the one before it is used")
     if files: raise ValueError(f"{folder}: none of its {len(files)} checkpoints can be read")
 
-# %% ../../nbs/19_callback.checkpoint.ipynb #3a83bde1
+# %% ../../nbs/19_callback.checkpoint.ipynb #afc9a8d3
 def _on_clock(state, n_iter):
     "A checkpoint as this fit counts: in other numbers of processes an epoch has other numbers of batches"
     if state['n_iter']==n_iter: return {**state, 'recounts':False}
@@ -178,6 +232,8 @@ class CheckpointCallback(TrainingCallback):
         self._check(state)
         state = _on_clock(state, len(self.dls.train))
         _load_model(self.learn, state['model'], state['averages'])
+        for own,saved in zip(_tags(self.learn), state['modifiers']):
+            if own!=saved and not self._rank: logger.warning(f"CheckpointCallback: this fit goes on with {own}, the checkpoint was made with {saved}")
         logger.info(f"CheckpointCallback: goes on from epoch {state['epoch']+state['iter']/state['n_iter']:.4g} of {self.n_epoch}")
         self._state = state
         return state
@@ -211,6 +267,12 @@ class CheckpointCallback(TrainingCallback):
         for k,what in (('n_epoch','epochs'),('n_iter','batches in an epoch')):
             is_shared_out = k=='n_iter' and len(state['random'])!=n_processes(self.learn.model)
             if state[k]!=here[k] and not is_shared_out: raise ValueError(f"CheckpointCallback: {self.folder}: the checkpoint was made in a fit of {state[k]} {what}, this one has {here[k]}")
+        thins = any(o.startswith('LayerThinningModifier(') for o in own)
+        for model,s in zip([self.learn.model, *averaged_models(self.learn)], [state['model'], *state['averages']]):
+            why = _why_no_model(unwrap_model(model), s, state['notes']['trainable'], thins)
+            if why: raise ValueError(f"CheckpointCallback: {self.folder}: the checkpoint is of another model: {why}")
+        why = _why_no_optimizer(self.learn.opt, state['optimizer'], state['optimizer_kind'])
+        if why: raise ValueError(f"CheckpointCallback: {self.folder}: the checkpoint is of another optimizer, {why}")
 
     def before_train(self):
         self._at_start,done = _random_states(self.dls.train),0
@@ -283,6 +345,6 @@ class CheckpointCallback(TrainingCallback):
         clock = as_data(dict(fit=self._fits, epoch=epoch, iter=iter, n_epoch=self.n_epoch, n_iter=len(self.dls.train), train_iter=learn.train_iter, pct_train=learn.pct_train))
         state = dict(**clock,
             model=inner.state_dict(), averages=[m.state_dict() for m in averaged_models(learn)], notes=model_notes(learn.model), gradients=_gradients(inner),
-            optimizer=_optimizer_state(learn.opt), scaler=scaler and scaler.state_dict(), callbacks=[(type(cb).__name__,noted(cb)) for cb in kept], recorder=_recorder_state(learn.recorder),
+            optimizer_kind=_optimizer_kind(learn.opt), optimizer=_optimizer_state(learn.opt), scaler=scaler and scaler.state_dict(), callbacks=[(type(cb).__name__,noted(cb)) for cb in kept], recorder=_recorder_state(learn.recorder),
             random_at_start=[o['at_start'] for o in everybodys], random=[o['now'] for o in everybodys], modifiers=_tags(learn))
         with atomic_path(self.folder/f'fit_{self._fits:02}_epoch_{epoch+iter/state["n_iter"]:012.7f}.pth') as tmp: torch.save(state, tmp)
