@@ -33,8 +33,11 @@ class Record:
         raise ValueError(f"{self.where}: {column!r} must be a text, got {value!r:.60}")
 
 # %% ../../nbs/40b_experiment.records.ipynb #b73b6b10
+_most_bytes = 1_000_000_000
+
 def read_text(file)->str:
-    "Text of a file in UTF-8; `ValueError` with the line that isn't"
+    "Text of a file in UTF-8; `ValueError` with the line that isn't, or if it is larger than a gigabyte"
+    if Path(file).stat().st_size>_most_bytes: raise ValueError(f"{file}: has more than {_most_bytes:,} bytes; give fewer examples, all of them are held in memory")
     raw = Path(file).read_bytes()
     try: return raw.decode('utf-8-sig')
     except UnicodeDecodeError as e:
