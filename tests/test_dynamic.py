@@ -734,6 +734,7 @@ def test_layouts_and_precisions(method, dtype, around):
 @pytest.mark.parametrize('kwargs,error,message', [
     (dict(sparsity=1), ValueError, 'sparsity must be below 1, got 1'), (dict(sparsity=1.2), ValueError, r'sparsity must be in \[0, 1\], got 1.2'),
     (dict(sparsity=-.1), ValueError, r'sparsity must be in \[0, 1\], got -0.1'), (dict(sparsity='.9'), TypeError, "sparsity must be a number, got '.9'"),
+    (dict(seed=None), TypeError, 'seed must be a whole number, got None'), (dict(seed=1.5), TypeError, 'seed must be a whole number, got 1.5'),
     (dict(sparsity=math.nan), ValueError, 'sparsity must be in'), (dict(sparsity=[.5,.5]), TypeError, 'sparsity must be a number'),
     (dict(fraction=1.1), ValueError, r'fraction must be in \[0, 1\], got 1.1'), (dict(fraction=None), TypeError, 'fraction must be a number, got None'),
     (dict(every=0), ValueError, 'every must be above 0, got 0'), (dict(every=-.5), ValueError, 'every must be at least 0, got -0.5'),

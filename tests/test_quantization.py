@@ -631,3 +631,15 @@ def test_a_switch_after_the_first_epoch_of_many_processes(tmp_path):
     try: (learn := learner()).fit(2, cbs=QuantizationModifier(1.5))
     finally: torch.distributed.destroy_process_group()
     assert is_quantized(learn.model)
+
+def test_layers_that_are_stored_sparsely_are_reported():
+    from fastsparse_create.sparse.linear import SparseLinear
+    report = quantize_(nn.Sequential(SparseLinear(4,16,.5), nn.ReLU(), nn.Linear(16,2)), torch.randn(2,4))
+    assert report.summary=='1 of 2 layers quantized' and 'dense_layers_' in report.rows[0].why_not
+    with pytest.raises(ValueError, match='no layer can be quantized: 0: it stores only its connections'): quantize_(nn.Sequential(SparseLinear(4,16,.5)), torch.randn(2,4))
+
+def test_batches_that_are_none():
+    model = nn.Sequential(nn.Linear(4,16), nn.ReLU(), nn.Linear(16,2))
+    quantize_(model, torch.randn(2,4))
+    with pytest.raises(TypeError, match='expected batches, got a tensor'): calibrate_(model, torch.randn(6,4))
+    with pytest.raises(TypeError, match='without labels'): calibrate_(model, [(torch.randn(6,4),torch.zeros(6))])

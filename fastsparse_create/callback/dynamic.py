@@ -353,7 +353,7 @@ def _draw(generator, eligible, n):
         n -= len(found[-1])
     return np.concatenate(found) if found else np.empty(0, int)
 
-# %% ../../nbs/15a_callback.dynamic.ipynb #d92a7ff3
+# %% ../../nbs/15a_callback.dynamic.ipynb #c27a41ce
 class DynamicSparseTrainingCallback(DropAndGrow, abstract=True):
     "Trains a network that stays sparse: drops its weakest connections and grows others"
     def __init__(self,
@@ -374,6 +374,7 @@ class DynamicSparseTrainingCallback(DropAndGrow, abstract=True):
                  seed:int=0, # Seed of new masks and random scores; the global generators are not touched
                 ):
         if sparsity is not None and check_number(self, 'sparsity', sparsity, 0, 1)==1: raise ValueError(f"{type(self).__name__}: sparsity must be below 1, got 1")
+        if type(seed) is not int: raise TypeError(f"{type(self).__name__}: seed must be a whole number, got {seed!r}")
         check_number(self, 'fraction', fraction, 0, 1)
         if check_number(self, 'every', every, 0)==0: raise ValueError(f"{type(self).__name__}: every must be above 0, got {every}")
         if check_number(self, 'T_end', T_end, 0, 1)==0: raise ValueError(f"{type(self).__name__}: T_end must be above 0, got {T_end}")

@@ -49,7 +49,7 @@ class _DynamicModifier(DropAndGrow, abstract=True):
 
 def _check_sparsity(owner, name, value): return check_number(owner, name, value, 0, 1, is_open=True)
 
-# %% ../../nbs/15b_callback.dynamic_pruning.ipynb #9ade3145
+# %% ../../nbs/15b_callback.dynamic_pruning.ipynb #f7aa6afb
 class SETPruningModifier(_DynamicModifier):
     "Sparse evolutionary training: connections grow at random; for networks too large for even one dense gradient ([paper](https://arxiv.org/abs/1707.04780))"
     def __init__(self,
@@ -70,7 +70,7 @@ class SETPruningModifier(_DynamicModifier):
         self.final_sparsity = final_sparsity
 
 class SNFSPruningModifier(_DynamicModifier):
-    "Sparse networks from scratch: connections grow where the gradient's running mean is large, and move to layers where it is larger; if no layer's sparsity is known beforehand, the most accurate on small networks ([paper](https://arxiv.org/abs/1907.04840))"
+    "Sparse networks from scratch: connections grow where the gradient's running mean is large, and move to layers where it is larger; if no layer's sparsity is known beforehand, and of the dynamic methods the most accurate on small networks ([paper](https://arxiv.org/abs/1907.04840))"
     def __init__(self,
                  final_sparsity:float, # Sparsity of all parameters together from `start_epoch` on, in (0,1)
                  start_epoch:float, # Epoch from which the network is sparse, fractions allowed
@@ -89,7 +89,7 @@ class SNFSPruningModifier(_DynamicModifier):
         self.final_sparsity = final_sparsity
 
 class RigLPruningModifier(_DynamicModifier):
-    "The rigged lottery: connections grow where the gradient is largest; for long trainings of networks that must never be dense, else `GMPruningModifier` is more accurate ([paper](https://arxiv.org/abs/1911.11134))"
+    "The rigged lottery: connections grow where the gradient is largest; for long trainings of networks that must never be dense, else `GlobalMagnitudePruningModifier` is more accurate ([paper](https://arxiv.org/abs/1911.11134))"
     def __init__(self,
                  final_sparsity:float, # Sparsity from `start_epoch` on, in (0,1)
                  start_epoch:float, # Epoch from which the network is sparse, fractions allowed
@@ -112,9 +112,9 @@ class RigLPruningModifier(_DynamicModifier):
                          mask_type, sparsity_strategy, init_update_fraction, schedule, seed, num_grads=check_number(self, 'num_grads', num_grads, 1))
         self.final_sparsity,self.global_sparsity,self.momentum_buffer_reset = final_sparsity,global_sparsity,momentum_buffer_reset
 
-# %% ../../nbs/15b_callback.dynamic_pruning.ipynb #4f1b6a02
+# %% ../../nbs/15b_callback.dynamic_pruning.ipynb #418f78a0
 class GraNetPruningModifier(_DynamicModifier):
-    "Gradual magnitude pruning that regrows a share of the connections by their gradient at each update; nearly as accurate as `GMPruningModifier`, for less compute ([paper](https://arxiv.org/abs/2106.10404))"
+    "Gradual magnitude pruning that regrows a share of the connections by their gradient at each update; its authors found it as accurate as pruning alone, for less compute ([paper](https://arxiv.org/abs/2106.10404))"
     def __init__(self,
                  init_sparsity:float, # Sparsity at `start_epoch`, in [0,1)
                  final_sparsity:float, # Sparsity at `end_epoch`, in (0,1), above `init_sparsity`

@@ -6,7 +6,7 @@
 __all__ = ['QuantizedRow', 'quantized_modules', 'is_quantized', 'observe', 'calibrate_', 'mean_ranges_', 'quantize_',
            'quantized_from_file', 'quantization_state', 'quantize_like', 'dequantize_']
 
-# %% ../../nbs/09d_quantization.convert.ipynb #0b8aa999
+# %% ../../nbs/09d_quantization.convert.ipynb #fd61983f
 import torch
 from dataclasses import dataclass,replace
 from difflib import get_close_matches
@@ -22,7 +22,7 @@ from .core import *
 from .layers import *
 from .placement import *
 from ..selection import matching,own_name,unwrap_model
-from ..sparse.linear import LayerReport
+from ..sparse.linear import LayerReport,SparseLinear
 
 # %% ../../nbs/09d_quantization.convert.ipynb #8abe36a0
 def _named(model): return list(model.named_modules(remove_duplicate=False))
@@ -68,7 +68,7 @@ def _how(args, n=1):
     how = f"{'int' if args.symmetric else 'uint'}{args.num_bits-args.reduce_range}{' by channel' if args.strategy=='channel' else ''}"
     return how if n==1 else f'{n} x {how}'
 
-# %% ../../nbs/09d_quantization.convert.ipynb #42624941
+# %% ../../nbs/09d_quantization.convert.ipynb #9ecbf90e
 def quantized_modules(model:nn.Module)->dict: # Name -> module with weights or activations that are rounded
     "What `quantize_` has changed"
     return {n:m for n,m in unwrap_model(model).named_modules() if 'quantization' in m._buffers}
@@ -93,6 +93,7 @@ def calibrate_(model, # Quantized model or `Learner`
         if not hasattr(model, 'dls'): raise ValueError("calibrate_: give batches, or a Learner")
         dls = model.dls
         with no_random(): return calibrate_(model.model, (tuple(b[:dls.n_inp]) for b in dls.train), n)
+    if isinstance(batches, Tensor): raise TypeError("calibrate_: expected batches, got a tensor: [x] is a list of one batch")
     model = unwrap_model(getattr(model, 'model', model))
     was = {m:m.observes for m in quantized_modules(model).values()}
     if not was: raise ValueError("calibrate_: the model is not quantized, quantize_ it first")
@@ -100,10 +101,14 @@ def calibrate_(model, # Quantized model or `Learner`
     n_seen = 0
     try:
         with undisturbed(model):
-            for n_seen,b in enumerate(islice(batches, n), 1): call_model(model, b)
+            for n_seen,b in enumerate(islice(batches, n), 1): _call(model, b)
     finally:
         for m,when in was.items(): m.observes = when
     if not n_seen: raise ValueError("calibrate_: there was no batch to see")
+
+def _call(model, batch):
+    try: call_model(model, batch)
+    except TypeError as e: raise TypeError(f"calibrate_: each batch has to be what the model is called with, without labels: {e}") from e
 
 def mean_ranges_(model:nn.Module):
     "Let all processes of distributed training have the same ranges: their mean"
@@ -112,7 +117,7 @@ def mean_ranges_(model:nn.Module):
     means = mean_over_ranks_(torch.cat([r.flatten() for r in ranges]))
     for r,mean in zip(ranges, means.split([r.numel() for r in ranges])): r.copy_(mean.view_as(r))
 
-# %% ../../nbs/09d_quantization.convert.ipynb #c94cb758
+# %% ../../nbs/09d_quantization.convert.ipynb #50f8088e
 def _finish(model):
     "What a model needs when its layers are quantized"
     with no_shortcuts(model, keep=True): pass
@@ -153,12 +158,13 @@ def _with_weights(model):
     "Name -> module: layers, and modules around layers with weights of their own"
     followed = leaves(model)
     inside = {c for m in followed.values() for c in m.modules()}
-    def has_weights(n, m): return any(p.ndim>1 for p in m.parameters(recurse=n in followed))
+    def has_weights(n, m): return isinstance(m, SparseLinear) or any(p.ndim>1 for p in m.parameters(recurse=n in followed))
     return {n:m for n,m in model.named_modules() if (n in followed or m not in inside) and has_weights(n, m)}
 
 def _reason(module, is_ignored, called):
     "Why a layer is left as it is"
     if is_ignored: return "ignored"
+    if isinstance(module, SparseLinear): return "it stores only its connections: dense_layers_ gives it masks instead"
     own = [n for n,p in module.named_parameters(recurse=False) if p.ndim>1]
     if own and type(module) not in quantized_types and any(True for _ in module.children()): return f"what it has of its own stays in floats: {', '.join(own)}"
     return why_not_quantized(module) or ("the example doesn't call it" if called is not None and module not in called else '')
