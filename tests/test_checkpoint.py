@@ -1,5 +1,6 @@
 "A fit that was interrupted and goes on ends as the one that wasn't, bit for bit"
-import itertools,os,signal,subprocess,sys
+import errno,itertools,os,resource,signal,subprocess,sys
+from contextlib import contextmanager
 import pytest
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.schedule import fine_tune
@@ -173,6 +174,36 @@ def test_damaged_files_are_passed_over(spoil, tmp_path, caplog):
     again = learner(tmp_path)
     one_cycle(again, [*cases['gmp'](), CheckpointCallback('cp', 1, resume=True)])
     assert same(state_of(again), state_of(whole(cases['gmp'], tmp_path/'whole'))) and 'is damaged or gone' in caplog.text and newer.name in caplog.text
+
+@contextmanager
+def full_disk(size):
+    "No file takes more bytes"
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+@pytest.mark.parametrize('size', [100,5000,20000])
+def test_a_full_disk_leaves_the_checkpoint_before(size, tmp_path):
+    with pytest.raises(Stopped): one_cycle(learner(tmp_path), [*cases['gmp'](), CheckpointCallback('cp', 1), StopAfter(9)])
+    files = {f.name:f.read_bytes() for f in (tmp_path/'cp').iterdir()}
+    assert min(map(len, files.values()))>size
+    with full_disk(size), pytest.raises(OSError, match='File too large.*epoch_') as e: one_cycle(learner(tmp_path), [*cases['gmp'](), CheckpointCallback('cp', 1, resume=True)])
+    assert e.value.errno==errno.EFBIG and files=={f.name:f.read_bytes() for f in (tmp_path/'cp').iterdir()}
+    again = learner(tmp_path)
+    one_cycle(again, [*cases['gmp'](), CheckpointCallback('cp', 1, resume=True)])
+    assert same(state_of(again), state_of(whole(cases['gmp'], tmp_path/'whole')))
+
+def test_what_a_kill_left_goes_with_the_next_fit(tmp_path):
+    with pytest.raises(Stopped): one_cycle(learner(tmp_path), [CheckpointCallback('cp', 1), StopAfter(9)])
+    name = max(f.name for f in (tmp_path/'cp').iterdir())
+    stay = [tmp_path/'cp'/n for n in (f'.{name}.mine', f'.best.pth.{"0"*32}', f'{name}.{"0"*32}')]+[tmp_path/f'.{name}.{"0"*32}']
+    go = [tmp_path/'cp'/f'.{name}.{c*32}' for c in 'a0']
+    for f in stay+go: f.write_bytes(b'half')
+    with pytest.raises(ValueError, match='pass resume=True'): one_cycle(learner(tmp_path), [CheckpointCallback('cp', 1)])
+    assert all(f.exists() for f in stay+go)
+    with pytest.raises(Stopped): one_cycle(learner(tmp_path), [CheckpointCallback('cp', 1, resume=True), StopAfter(12)])
+    assert all(f.exists() for f in stay) and not any(f.exists() for f in go)
 
 def less(*names):
     "A checkpoint without one of its sections"

@@ -133,8 +133,10 @@ def _tags(learn):
     "Modifiers as text, without addresses of functions, and with one way to write a number"
     return [re.sub(r'(?<=\d)\.0(?=[,)}\]])', '', re.sub(r' at 0x\w+', '', repr(cb))) for cb in learn.cbs if isinstance(cb, Modifier)]
 
-# %% ../../nbs/19_callback.checkpoint.ipynb #cdcc3bae
-def _files(folder): return sorted(folder.glob('fit_*_epoch_*.pth')) if folder.is_dir() else []
+# %% ../../nbs/19_callback.checkpoint.ipynb #3f288dff
+_names = 'fit_*_epoch_*.pth'
+
+def _files(folder): return sorted(folder.glob(_names)) if folder.is_dir() else []
 
 _random_form = dict(python=tuple, numpy=list, torch=Tensor, cuda=list, loader=object)
 _form = dict(fit=int, epoch=int, iter=int, n_epoch=int, n_iter=int, train_iter=int, pct_train=(int,float), model=dict, averages=[dict],
@@ -161,7 +163,7 @@ def latest_checkpoint(folder, # Of a `CheckpointCallback`
         except (ValueError,OSError): logger.warning(f"{f}: is damaged or gone; the one before it is used")
     if files: raise ValueError(f"{folder}: none of its {len(files)} checkpoints can be read")
 
-# %% ../../nbs/19_callback.checkpoint.ipynb #afc9a8d3
+# %% ../../nbs/19_callback.checkpoint.ipynb #a6d386ba
 def _on_clock(state, n_iter):
     "A checkpoint as this fit counts: in other numbers of processes an epoch has other numbers of batches"
     if state['n_iter']==n_iter: return {**state, 'recounts':False}
@@ -258,6 +260,7 @@ class CheckpointCallback(TrainingCallback):
         if self._fits==0 and _files(self.folder) and not self.resume:
             raise ValueError(f"CheckpointCallback: {self.folder} holds checkpoints: pass resume=True to go on from there, or name another folder")
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.folder, _names)
         return latest_checkpoint(self.folder) if self.resume else None
 
     def _check(self, state):
@@ -347,4 +350,4 @@ class CheckpointCallback(TrainingCallback):
             model=inner.state_dict(), averages=[m.state_dict() for m in averaged_models(learn)], notes=model_notes(learn.model), gradients=_gradients(inner),
             optimizer_kind=_optimizer_kind(learn.opt), optimizer=_optimizer_state(learn.opt), scaler=scaler and scaler.state_dict(), callbacks=[(type(cb).__name__,noted(cb)) for cb in kept], recorder=_recorder_state(learn.recorder),
             random_at_start=[o['at_start'] for o in everybodys], random=[o['now'] for o in everybodys], modifiers=_tags(learn))
-        with atomic_path(self.folder/f'fit_{self._fits:02}_epoch_{epoch+iter/state["n_iter"]:012.7f}.pth') as tmp: torch.save(state, tmp)
+        write_saved(self.folder/f'fit_{self._fits:02}_epoch_{epoch+iter/state["n_iter"]:012.7f}.pth', state)
