@@ -135,7 +135,6 @@ class _OneShot:
         self.model,self.shares,self.batches,self.calculator,self.damp = model,shares,batches,calculator,damp
         self.pruned,self.sites = deepcopy(model),select(model, list(shares))
         self.twins = dict(zip(model.modules(), self.pruned.modules()))
-        self.had = {p.name:p.mask for p in masked_params(model)}
         self.masks,self.rows = {n:self._chosen(n, magnitude(s.param)) for n,s in self.sites.items()},{}
         self.changed = []
 
@@ -190,9 +189,8 @@ class _OneShot:
         weight = _by_group(site, _real(site.param))
         if not all(t.isfinite().all() for t in moments.products()): raise ValueError(f"prune_one_shot_: inputs or outputs of {name!r} hold NaN or infinity")
         if moments.error(weight)>1: moments.follow(weight)  # inputs that come in another order than in the dense model
-        had = _by_group(site, self.had[name]) if name in self.had else torch.ones_like(weight, dtype=torch.bool)
         fit = LeastSquares(moments, weight, self.damp)
-        fitted,mask = fit.sparse(lambda scores,share: self.calculator(scores.reshape(shape), share).reshape(scores.shape), self.shares[name], had)
+        fitted,mask = fit.sparse(lambda scores,share: self.calculator(scores.reshape(shape), share).reshape(scores.shape), self.shares[name], weight!=0)
         if m := self._biased(name): self._set(_bias(m), _bias(self.twins[m]), _bias(m)+moments.bias(fitted).flatten())
         self._put(name, _as_weight(site, fitted), _as_weight(site, mask), moments.error(fitted), 'fitted')
 

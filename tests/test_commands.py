@@ -224,6 +224,23 @@ def test_one_shot_prunes_without_training(whole, tmp_path, capsys):
     assert 'takes training' in refused(capsys, *small, '--model', whole/'model.pth', '--target', 'onnxruntime', command='one-shot')
     assert 'unrecognized arguments: --epochs' in refused(capsys, *small, '--epochs', '1', command='one-shot')
 
+def test_one_shot_makes_no_model_denser(whole, tmp_path, quick, capsys):
+    text = refused(capsys, *small, '--model', whole/'model.pth', '--working-dir', tmp_path/'out', command='one-shot')
+    assert 'the model has 70.0% zeros already, optim_level 0.5 asks for 51.4%: choose one that asks for more' in text and not (tmp_path/'out').exists()
+    for name,args in (('int8',['--optim-level','0.2']),('gpu',['--target','gpu']),('more',['--optim-level','0.9'])):
+        folder = run(tmp_path/name, *small, '--model', whole/'model.pth', *args, command='one-shot')
+        before,after = ({n:p.param for n,p in prunable(load_model(f/'model.pth')).items()} for f in (whole,folder))
+        assert all((after[n][p==0]==0).all() for n,p in before.items()) and measured_sparsity(load_model(folder/'model.pth'), '__ALL_PRUNABLE__')>=.699
+        assert float(rows(folder)[1]['sparsity'])>=float(rows(folder)[0]['sparsity'])-1e-6
+
+def test_one_shot_of_layers_that_are_sparser_than_asked(whole, tmp_path, quick):
+    saved = torch.load(whole/'model.pth', weights_only=True)
+    w = saved['model']['features.3.squeeze.weight']
+    w[torch.rand(w.shape)<.95] = 0
+    torch.save(saved, tmp_path/'uneven.pth')
+    folder = run(tmp_path/'out', *small, '--model', tmp_path/'uneven.pth', '--optim-level', '0.9', command='one-shot')
+    assert (load_model(folder/'model.pth').state_dict()['features.3.squeeze.weight'][w==0]==0).all()
+
 def test_flops_that_cannot_be_reached_are_told_before_training(capsys):
     assert "15.5% are needed by channels that have to stay; try a lower optim level" in refused(capsys, *small, '--target', 'onnxruntime', '--optim-level', '0.8')
 

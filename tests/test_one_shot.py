@@ -385,6 +385,21 @@ def test_masks_that_are_there():
     twice,_ = pruned(after, .2, x)
     assert zeros(twice)=={n:round(s.param.numel()*.2) for n,s in prunable(model).items()} and not any(t.param[~a.mask].any() for t,a in zip(masked_params(twice), masked_params(after)))
 
+@pytest.mark.parametrize('share', [.3,.75])
+@pytest.mark.parametrize('mask_type', ['unstructured','2:4','block4','channel'])
+def test_zeros_without_masks_stay(mask_type, share):
+    torch.manual_seed(0)
+    model,x = mlp(8,16,4),[mixed(100, 8)]
+    params = {n:s.param for n,s in prunable(model).items()}
+    for p,had in zip(params.values(), (.9,.1,.6)): p.data[torch.rand(p.shape, generator=gen())<had] = 0
+    after,report = pruned(model, min(share, .5) if mask_type=='2:4' else share, x, mask_type=mask_type)
+    assert {r.status for r in report.rows}=={'fitted'}
+    for n,p in params.items():
+        now = after.get_parameter(n)
+        assert not now[p==0].any() and (now!=0).sum()<=(p!=0).sum()
+        if mask_type=='unstructured': assert (now==0).sum()==max((p==0).sum(), round(p.numel()*share))
+        if mask_type=='2:4' and share>.5: assert is_nm(now, 2, 4)
+
 @pytest.mark.parametrize('dtype', [torch.float64,torch.bfloat16])
 def test_dtypes(dtype):
     model,x = mlp(8,16,4),mixed(100, 8)

@@ -17,6 +17,8 @@ from ..recipe.generate import *
 from ..selection import *
 
 # %% ../../nbs/42b_experiment.one_shot.ipynb #b4ed720e
+_rounding = .001  # of the zeros in small layers
+
 def one_shot_sparsity(level:float)->float: # None: not pruned
     "The share of zeros that an optim level asks for without training"
     return None if level<.3 else .4+(level-.3)/.7*.4
@@ -33,6 +35,11 @@ class OneShot(Experiment):
         self.wants_int8 = self.optim_level>0
         params = list(select(model, params_to_prune(model, self.mask_type))) if self.sparsity else []
         self.promised,self.counted = {n:self.sparsity for n in params},params or list(prunable(model))
+        if params and self.target=='any': self._check_zeros(measured_sparsity(model, params))
+
+    def _check_zeros(self, zeros):
+        if zeros<=self.sparsity+_rounding: return
+        raise ValueError(f"{self.model}: the model has {zeros:.1%} zeros already, optim_level {self.optim_level:g} asks for {self.sparsity:.1%}: choose one that asks for more (1: {one_shot_sparsity(1):.0%}), or one below 0.3, which prunes nothing")
 
     def make_runs(self, show_bar):
         with no_random(self.seed):
@@ -44,6 +51,7 @@ class OneShot(Experiment):
             logger.info(f"Pruning and quantizing {self.model} by {len(batches)} batches")
             if self.promised: prune_one_shot_(learn, self.sparsity, batches, self.counted, mask_type=self.mask_type)
             make_permanent(learn.model)
+            self.promised = {n:max(s, measured_sparsity(learn.model, [n])) for n,s in self.promised.items()}  # zeros that were there stay
             quantize_(learn, batches[0])
             calibrate_(learn, batches)
         return [*runs, Run('sparse' if self.promised else 'quantized', learn, time.perf_counter()-start)]
