@@ -289,6 +289,18 @@ def test_images_that_cannot_be_trained_with(spoil, said, images, tmp_path, capsy
     text = refused(capsys, *small, '--data', root)
     assert said in text and str(root) in text
 
+@pytest.mark.parametrize('use_case,name', [('ic','x.csv'),('text_classification','x.jsonl'),('qa','x.json'),('ner','x.tsv')])
+def test_a_file_that_is_too_large(use_case, name, tmp_path, capsys):
+    with (tmp_path/name).open('wb') as f: f.truncate(6_000_000_000)
+    assert f'{tmp_path/name}: has more than 1,000,000,000 bytes' in refused(capsys, '--use-case', use_case, '--model', 'squeezenet1_1', '--data', tmp_path/name)
+
+def test_an_empty_class_folder_is_no_place_for_others(images, tmp_path, capsys):
+    root = tmp_path/'x'
+    shutil.copytree(images, root)
+    (root/'train'/'empty').mkdir()
+    for n in 'ab': (root/'train'/'dog'/n).mkdir()
+    assert refused(capsys, *small, '--data', root).endswith('empty: the class folder holds no images')
+
 def test_a_data_set_that_cannot_be_downloaded(capsys, monkeypatch):
     def fail(url): raise OSError('no route to host')
     monkeypatch.setattr('fastsparse_create.experiment.data.untar_data', fail)

@@ -32,11 +32,10 @@ def has_class_folders(folder:Path # Any folder
 def _by_class(folder, vocab=None):
     "The image files of each class folder"
     files = {d.name:sorted(get_image_files(d)) for d in _subfolders(folder)}
-    hint = _nested_hint(folder)
     if not files: raise ValueError(f"{folder}: has no class folders; expected <class>/<image> or train/<class>/<image>, valid/<class>/<image>")
     for c,fs in files.items():
-        if not fs: raise ValueError(f"{folder/c}: the class folder holds no images{hint}")
-    if vocab is None and len(files)<2: raise ValueError(f"{folder}: has one class only, {next(iter(files))!r}; a classifier needs two or more{hint}")
+        if not fs: raise ValueError(f"{folder/c}: the class folder holds no images")
+    if vocab is None and len(files)<2: raise ValueError(f"{folder}: has one class only, {next(iter(files))!r}; a classifier needs two or more{_nested_hint(folder)}")
     if vocab is not None and (extra:=sorted(set(files)-set(vocab))): raise ValueError(f"{folder/extra[0]}: the training images have no class of this name{did_you_mean(extra[0], vocab)}")
     return files
 
