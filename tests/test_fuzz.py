@@ -1,5 +1,5 @@
 "Ten thousand hostile inputs of those that scripts/fuzz.py makes by the million, and those that once found something"
-import json,logging,sys
+import json,logging,subprocess,sys
 from pathlib import Path
 import pytest
 from hypothesis import HealthCheck,given,settings,strategies as st
@@ -47,6 +47,15 @@ def test_messages(start):
 @pytest.mark.parametrize('text,said', [('[{"a": 1},\n'+'['*100_000, 'a.json:1: .*nested too deeply'), ('[\n'+'1'*5000+']', 'a.json:1: '), ('[{"a": 1},\n}', 'a.json:2: ')])
 def test_json_messages(text, said):
     with pytest.raises(ValueError, match=said): fuzz.targets['json'][1](text)
+
+def test_the_script():
+    "In a process of its own, whose memory is limited"
+    done = subprocess.run([sys.executable, '-W', 'ignore', fuzz.__file__, '1000', '--seed', '7'], capture_output=True, text=True)
+    assert done.returncode==0 and ' 0 failures' in done.stdout.splitlines()[-1], done.stdout+done.stderr[-1000:]
+
+def test_the_script_sees_who_takes_memory():
+    code = f"import sys; sys.path.insert(0, {str(Path(fuzz.__file__).parent)!r}); import fuzz; fuzz.targets['probe'] = 1,lambda t: bytearray(250<<20),['x']; print(fuzz.fuzz('probe', 1, is_limited=True)[0])"
+    assert 'MemoryError' in subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True).stdout
 
 def test_what_must_hold(monkeypatch):
     "The fuzzer sees what it is to see"
