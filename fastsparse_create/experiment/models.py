@@ -143,7 +143,7 @@ def save_model(file, # Path to write
                **info, # More plain values
               ):
     "Write weights and what is needed to use them, for `load_model`"
-    torch.save({'model':{k:v.detach().cpu() for k,v in model.state_dict().items()}, 'arch':arch, 'classes':list(classes), **info}, file)
+    write_saved(file, {'model':{k:v.detach().cpu() for k,v in model.state_dict().items()}, 'arch':arch, 'classes':list(classes), **info})
 
 def load_model(file, # What `save_model` wrote
               )->nn.Module: # The network, ready for inference
