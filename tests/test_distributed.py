@@ -1,8 +1,9 @@
 "Several processes, each with data of its own: their masks and weights agree, bit for bit, after every step"
-import json,random,subprocess,sys,traceback,zlib
+import json,random,re,subprocess,sys,traceback,zlib
 from contextlib import contextmanager,nullcontext
 from datetime import timedelta
 import pytest
+pytest.importorskip('accelerate')
 from utils import *
 import torch._dynamo,torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
@@ -54,13 +55,16 @@ class Agreement(Callback):
         if self.iter==0: assert len(set(everybodys(bits(self.learn.x))))>1
     def after_fit(self): assert_agree(self.model, 'the end')
 
+def _join(store, rank, world):
+    dist.init_process_group('gloo', init_method=f'file://{store}', rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    AcceleratorState._reset_state(True)
+
 def _rank(rank, world, names, folder):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT='0')
     torch.set_num_threads(1)
     res = {}
     for i,name in enumerate(names):
-        dist.init_process_group('gloo', init_method=f'file://{folder}/store_{world}_{i}', rank=rank, world_size=world, timeout=timedelta(seconds=60))
-        AcceleratorState._reset_state(True)
+        _join(folder/f'store_{world}_{i}', rank, world)
         for seed in (random.seed,np.random.seed,torch.manual_seed): seed(rank)
         (folder/f'{world}_{i}').mkdir(exist_ok=True)
         try:
@@ -332,6 +336,20 @@ def alone():
     try: yield
     finally: os.environ.update(was)
 
+@contextmanager
+def started(n, rank, world, folder):
+    "As if `n` processes had been started, of which this is one or isn't"
+    if n in (1,world):
+        yield rank<n
+        return
+    dist.destroy_process_group()
+    os.environ['WORLD_SIZE'] = str(n)
+    if rank<n: _join(folder/f'store_of_{n}', rank, n)
+    yield rank<n
+    if rank<n: dist.destroy_process_group()
+    os.environ['WORLD_SIZE'] = str(world)
+    _join(folder/f'store_after_{n}', rank, world)
+
 def fit_checkpointed(folder, processes, at=None, **kwargs):
     "A fit in one process or in all, interrupted `at` a batch of an epoch"
     learn = shuffled_learner(folder)
@@ -342,12 +360,17 @@ def fit_checkpointed(folder, processes, at=None, **kwargs):
     return learn
 
 def _goes_on(folder, rank, before, now, at):
-    if before>1 or rank==0: fit_checkpointed(folder/str(rank), before, at)
+    "The learner of a fit that `now` processes go on with; None where this is none of them"
+    world,learn = dist.get_world_size(),None
+    folder.mkdir(exist_ok=True)
+    with started(before, rank, world, folder) as is_there:
+        if is_there: fit_checkpointed(folder/str(rank), before, at)
     dist.barrier()
     assert rank==0 or not list((folder/str(rank)).rglob('*.pth'))  # only the first one writes
-    if now>1 or rank==0: learn = fit_checkpointed(folder/str(rank), now, resume=True)
+    with started(now, rank, world, folder) as is_there:
+        if is_there: learn = fit_checkpointed(folder/str(rank), now, resume=True)
     dist.barrier()
-    return learn if now>1 or rank==0 else None
+    return learn
 
 @ranks(2)
 def goes_on_bit_for_bit(rank, world, folder):
@@ -356,10 +379,10 @@ def goes_on_bit_for_bit(rank, world, folder):
         learn = _goes_on(folder/str(i), rank, 2, 2, at)
         assert same(weights(whole.model), weights(learn.model)) and same(dict(whole.model.named_buffers()), dict(learn.model.named_buffers()) if not rank else dict(whole.model.named_buffers())), at
 
-@ranks(2)
+@ranks(2,4)
 def goes_on_in_other_numbers_of_processes(rank, world, folder):
-    for before,now in ((2,1),(1,2)):
-        for i,at in enumerate([(2,0),(5,1),(16//before-1,1)]):
+    for before,now in ((2,1),(1,2)) if world==2 else ((2,4),(4,2)):
+        for i,at in enumerate([(2,0),(10//before,1),(16//before-1,1)]):
             learn = _goes_on(folder/f'{before}{now}{i}', rank, before, now, at)
             if learn is None: continue
             n_iter = 16//now
@@ -425,5 +448,21 @@ def test_what_follows_a_synchronized_batch_norm():
     x = torch.randn(2,3,6,6)
     (_,a),(_,b) = (compact(m, x) for m in (one,other))
     assert a.rows==b.rows and any(r.status=='compacted' for r in a.rows)
+
+@pytest.mark.slow
+def test_launched_as_the_lesson_says(tmp_path):
+    "Its script, by its command, in two processes without GPUs: both end with the same masks"
+    cells = [(c['cell_type'],''.join(c['source'])) for c in json.loads((Path(__file__).parents[1]/'nbs/19a_callback.distributed.ipynb').read_text())['cells']]
+    command = first(re.findall('^ACCELERATE_USE_CPU=true accelerate launch .*train.py$', '\n'.join(s for kind,s in cells if kind=='markdown'), re.M))
+    lesson = {}
+    exec(first(s for kind,s in cells if kind=='code' and s.startswith('script = ')), lesson)
+    note = "torch.save({p.name:p.mask for p in masked_params(learn.model)}, f'masks_of_{rank_distrib()}.pth')\n"
+    (tmp_path/'train.py').write_text(lesson['script']+note)
+    paths = dict(PATH=os.pathsep.join([str(Path(sys.executable).parent),os.environ['PATH']]), PYTHONPATH=os.pathsep.join(map(os.path.abspath, filter(None, sys.path))))
+    done = subprocess.run(command.replace('launch', 'launch --main_process_port 0'), shell=True, cwd=tmp_path, env={**os.environ, **paths, 'OMP_NUM_THREADS':'1'}, capture_output=True, text=True, timeout=300)
+    assert done.returncode==0, done.stderr[-3000:]
+    a,b = (torch.load(f, weights_only=True) for f in sorted(tmp_path.glob('masks_of_*.pth')))
+    assert a.keys()=={'0.weight','2.weight'} and same(a, b) and all(abs((~m).float().mean()-.8)<.01 for m in a.values())
+    assert len(torch.load(max((tmp_path/'checkpoints').iterdir()), weights_only=True)['random'])==2
 
 if __name__=='__main__': run_ranks(sys.argv[2:] or list(scenarios), Path(sys.argv[1]))
