@@ -1552,6 +1552,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                            'fastsparse_create/experiment/core.py'),
                                                    'fastsparse_create.experiment.core.Run': ( 'experiment.core.html#run',
                                                                                               'fastsparse_create/experiment/core.py'),
+                                                   'fastsparse_create.experiment.core._export': ( 'experiment.core.html#_export',
+                                                                                                  'fastsparse_create/experiment/core.py'),
                                                    'fastsparse_create.experiment.core._zeros': ( 'experiment.core.html#_zeros',
                                                                                                  'fastsparse_create/experiment/core.py'),
                                                    'fastsparse_create.experiment.core.first_rows': ( 'experiment.core.html#first_rows',

@@ -81,6 +81,8 @@ def _experiment(command, kwargs, resume):
     kind = {'training-aware':TrainingAware, 'sparse-transfer':SparseTransfer, 'one-shot':OneShot}[command]
     return kind(**kwargs) if resume is None else kind.resumed(resume, **kwargs)
 
+_no_room = errno.ENOSPC,errno.EDQUOT,errno.EFBIG
+
 def _options(names): return ', '.join(f"--{n.replace('_', '-')}" for n in names)
 
 def main(argv:list=None, # Arguments; default: those of the process
@@ -105,7 +107,7 @@ def main(argv:list=None, # Arguments; default: those of the process
             with _stopped_gently(experiment): experiment.run(show_bar=sys.stdout.isatty() and not quiet)
         except KeyboardInterrupt: return 1
         except OSError as e:
-            if e.errno!=errno.ENOSPC: raise
+            if e.errno not in _no_room: raise
             logging.getLogger().error(f"{parser.prog}: {e.strerror}: {e.filename or experiment.working_dir}")
             return 1
     report = experiment.folder/'report.html'

@@ -45,11 +45,12 @@ def remove_unfinished(folder, # Where `atomic_path` has written
 # %% ../nbs/00a_files.ipynb #e2b2905e
 def write_saved(file, # Path to write
                 content, # What `torch.save` takes
+                **kwargs, # Of `torch.save`
                ):
     "`torch.save`, as a whole or not at all; `OSError` if the disk doesn't take it"
     with atomic_path(file) as tmp:
         try:
-            with open(tmp, 'wb') as f: torch.save(content, f)
+            with open(tmp, 'wb') as f: torch.save(content, f, **kwargs)
         except (OSError,RuntimeError) as e:
             reason = e if isinstance(e, OSError) else e.__context__
             if not isinstance(reason, OSError): raise

@@ -1,10 +1,10 @@
 "Runs that are interrupted, run out of memory, learn from a teacher, take sparse models over or never train"
 import json,logging,os,signal,subprocess,sys,time
 import pytest
-from fastai.vision.all import Callback,Learner,Path,nn,torch
+from fastai.vision.all import Callback,Learner,Path,load_learner,nn,torch
 from commands import *
 from fastsparse_create.cli import main
-from fastsparse_create.experiment import training_aware as aware
+from fastsparse_create.experiment import core,training_aware as aware
 from fastsparse_create.experiment.models import *
 from fastsparse_create.experiment.one_shot import *
 from fastsparse_create.experiment.sparse_transfer import *
@@ -12,6 +12,7 @@ from fastsparse_create.experiment.training_aware import *
 from fastsparse_create.masking import measured_sparsity
 from fastsparse_create.quantization.convert import is_quantized
 from fastsparse_create.selection import prunable
+from test_checkpoint import full_disk
 
 small = '--use-case ic --model squeezenet1_1 --data digits --train-samples 40 --val-samples 20 --train-kwargs {"bs":8}'.split()
 kwargs = dict(use_case='ic', model='squeezenet1_1', data='digits', train_samples=40, val_samples=20, train_kwargs={'bs':8})
@@ -165,6 +166,37 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, quick, caplog):
     assert f'No space left on device: {tmp_path}' in caplog.text
     folder, = tmp_path.iterdir()
     assert folder.name.endswith('_incomplete') and (folder/'checkpoints').exists()
+
+@pytest.mark.parametrize('size', [100,1_000_000])
+def test_a_disk_that_is_full_from_the_beginning(size, tmp_path, quick, caplog):
+    "For the arguments, or for the first checkpoint"
+    with full_disk(size): assert main(['training-aware', *small, '--epochs', '1', '--working-dir', str(tmp_path)])==1
+    assert f'fastsparse.run training-aware: File too large: {tmp_path}' in caplog.text and 'is kept' not in caplog.text
+    assert not list(tmp_path.iterdir())
+
+@pytest.mark.parametrize('quiet', [[],['--quiet']])
+def test_a_disk_that_is_full_at_the_end(quiet, whole, tmp_path, monkeypatch, quick, caplog):
+    write = core.Experiment.write
+    def full(self, out):
+        with full_disk(100_000): write(self, out)
+    with monkeypatch.context() as m:
+        m.setattr(core.Experiment, 'write', full)
+        assert main(['training-aware', *small, '--epochs', '3', *quiet, '--working-dir', str(tmp_path)])==1
+    folder, = tmp_path.iterdir()
+    assert f'File too large: {folder}/model.pth' in caplog.text and f'--resume {folder}' in caplog.text
+    assert {f.name for f in folder.iterdir()}=={'arguments.json','checkpoints','logs','recipe.yaml'}
+    assert main(['training-aware', '--resume', str(folder)])==0
+    done, = tmp_path.iterdir()
+    assert same_results(done, whole)
+
+def test_an_exported_learner_is_whole_or_not_there(tmp_path):
+    learn = TrainingAware(**kwargs, working_dir=tmp_path/'out')
+    learn = learn.learner(learn.case.dls(learn.data, learn.options), learn.network())
+    dls = learn.dls
+    with full_disk(100_000), pytest.raises(OSError, match='File too large'): core._export(learn, tmp_path/'learner.pkl')
+    assert learn.dls is dls and [f.name for f in tmp_path.iterdir()]==['out']
+    core._export(learn, tmp_path/'learner.pkl')
+    assert learn.dls is dls and not load_learner(tmp_path/'learner.pkl').dls.train_ds.items
 
 # memory
 

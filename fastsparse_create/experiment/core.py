@@ -6,7 +6,7 @@
 __all__ = ['Run', 'Experiment', 'first_rows', 'missing_runtime', 'validate', 'unused_path']
 
 # %% ../../nbs/41h_experiment.core.ipynb #ded3ca55
-import platform,shutil,tempfile
+import cloudpickle,platform,shutil,tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +22,7 @@ from .page import *
 from .plan import *
 from .use_case import *
 from ..export.onnx import *
+from ..files import *
 from ..masking import *
 from ..quantization.convert import *
 from ..report import *
@@ -136,7 +137,7 @@ class Experiment:
         save_model(out/'model.pth', self.learn.model, self.arch, use_case=self.case.name, thinned=self.is_thinned, **self.case.saved(self.data, self.options))
         saved = torch.load(out/'model.pth', weights_only=True)['model']
         check_promise(self.promised, saved)
-        self.learn.export(out/'learner.pkl')
+        _export(self.learn, out/'learner.pkl')
         self.case.extra(self, out)
         states = [r.learn.model.state_dict() for r in self.runs[:-1]]+[saved]
         self.metrics = pd.DataFrame([self._measure(r, s) for r,s in zip(self.runs, states)])
@@ -176,6 +177,14 @@ class Experiment:
     def _on_file(self, learn, file):
         "`learn`, with the file in place of its model"
         return self.learner(learn.dls, self.case.runner(learn.model, OnnxModel(file)))
+
+def _export(learn, file):
+    "As `learn.export`, as a whole or not at all; `OSError` if the disk doesn't take it"
+    dls,opt = learn.dls,learn.opt
+    learn._end_cleanup()
+    learn.dls,learn.opt = dls.new_empty(),None
+    try: write_saved(file, learn, pickle_module=cloudpickle, pickle_protocol=2)
+    finally: learn.dls,learn.opt = dls,opt
 
 def _zeros(state, names): return sum(state[n].numel()-state[n].count_nonzero().item() for n in names)
 
