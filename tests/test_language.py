@@ -322,6 +322,13 @@ def test_a_label_that_only_validation_has(bert, tmp_path, capsys):
     source = write(tmp_path, {'train.jsonl':lines(reviews(5, 0)), 'dev.jsonl':lines([*reviews(2, 0), {'text':'a', 'label':'mixed'}])})
     assert "dev.jsonl:5: the training texts have no label 'mixed'" in refused(capsys, '--use-case', 'glue', '--model', bert, '--data', source)
 
+def test_a_full_disk_is_an_os_error(bert, tmp_path):
+    from fastsparse_create.experiment import language
+    from test_checkpoint import full_disk
+    model,tokenizer = (f(str(bert), *args) for f,args in ((language.load_language_model,('AutoModelForSequenceClassification',language.load_config(str(bert)))),(language.load_tokenizer,())))
+    with full_disk(10_000), pytest.raises(OSError, match='File too large') as e: language.save_language_model(model, tokenizer, tmp_path/'model')
+    assert e.value.filename==str(tmp_path/'model') and not list((tmp_path/'model').glob('*.safetensors'))
+
 def test_without_transformers_the_extra_is_named(data, bert, capsys, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'transformers', None)
     assert 'pip install fastsparse_create[nlp]' in refused(capsys, '--use-case', 'glue', '--model', bert, '--data', data['text_classification'])

@@ -8,10 +8,11 @@ __all__ = ['import_transformers', 'load_config', 'load_tokenizer', 'LanguageMode
            'save_language_model', 'build_language_model', 'plain_config']
 
 # %% ../../nbs/40c_experiment.language.ipynb #c89ad06e
-import logging
+import logging,os
 from contextlib import contextmanager
 from copy import deepcopy
 from fastai.basics import *
+from safetensors import SafetensorError
 from ..quantization.convert import *
 
 # %% ../../nbs/40c_experiment.language.ipynb #8b97f04b
@@ -169,13 +170,20 @@ def language_dls(train:Encodings, # To train with
     return DataLoaders.from_dsets(train, valid, bs=min(bs, len(train)), num_workers=0, create_batch=PadBatch(length, tokenizer.pad_token_id, of_tokens))
 
 # %% ../../nbs/40c_experiment.language.ipynb #24ff06bc
+def _raise_of_disk(e, path):
+    "What the disk said to the writer of safetensors"
+    code = re.search(r'\(os error (\d+)\)', str(e))
+    if code is None: raise e
+    raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from e
+
 def save_language_model(model:LanguageModel, # Without masks, see `make_permanent`
                         tokenizer, # That belongs to it
                         folder, # To write
                        ):
-    "Write network and tokenizer for `from_pretrained` of Transformers"
+    "Write network and tokenizer for `from_pretrained` of Transformers; `OSError` if the disk doesn't take them"
     with _quietly():
-        dequantize_(deepcopy(model)).cpu().network.save_pretrained(folder)
+        try: dequantize_(deepcopy(model)).cpu().network.save_pretrained(folder)
+        except SafetensorError as e: _raise_of_disk(e, folder)
         tokenizer.save_pretrained(folder)
 
 def build_language_model(auto:str, # As for `load_language_model`
