@@ -122,6 +122,15 @@ def test_resume_opens_no_other_pickle_of_the_folder(from_elsewhere, capsys, quic
     with pytest.raises(ValueError, match='none of its 1 checkpoints can be read'): main(['training-aware', '--resume', str(folder)])
     assert not trace.exists() and (folder/'evil.pkl').exists()
 
+@pytest.mark.parametrize('use_case', [None,'image_classification','segmentation','object_detection'])
+def test_weights_name_no_pickle_as_their_network(use_case, from_elsewhere, whole, tmp_path):
+    folder,trace = from_elsewhere()
+    saved = torch.load(whole/'model.pth', weights_only=True)
+    torch.save({**saved, 'use_case':use_case, 'arch':str(folder/'evil.pkl')}, tmp_path/'w.pth')
+    for f in (load_model,lambda file: create_model(str(file), 10)):
+        with pytest.raises(ValueError, match='w.pth: .*evil.pkl'): f(tmp_path/'w.pth')
+    assert not trace.exists()
+
 def test_resume_leaves_a_given_folder_to_its_owner(from_elsewhere, monkeypatch):
     folder,_ = from_elsewhere(model='squeezenet1_1')
     (folder/'model.pth').unlink()

@@ -80,6 +80,7 @@ def _fill(model, file, saved, what):
 
 def _need_arch(file, arch):
     if arch is None: raise ValueError(f"{file}: doesn't say of which network it holds the weights; name it, as arch")
+    if not isinstance(arch, str) or Path(arch).suffix in ('.pkl','.pth','.pt'): raise ValueError(f"{file}: {arch!r:.200} is the name of no network")
     return arch
 
 def _load_weights(file, arch, n_out, make, new_head):
