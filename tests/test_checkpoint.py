@@ -242,7 +242,15 @@ def test_what_does_not_fit_changes_nothing(tmp_path):
         refused(f'is of another model: {said}', cases['gmp'](), model=model, resume=True)
     for name,opt_func in {r'Optimizer\(.*adam_step\)':Adam, r'Optimizer\(.*sgd_step\)':SGD, 'OptimWrapper of SGD':partial(OptimWrapper, opt=torch.optim.SGD), r'Lookahead of Optimizer\(.*\)':ranger}.items():
         refused(rf'is of another optimizer, of Optimizer\(.*momentum_step\), this fit has {name}', cases['gmp'](), opt_func=opt_func, resume=True)
+    refused('of 10 parameters, this fit has 6', cases['gmp'](), splitter=lambda m: [params(m[2:])], resume=True)
     refused('of 1 groups of parameters, this fit has 2', cases['gmp'](), splitter=lambda m: [params(m[:3]), params(m[3:])], resume=True)
+    for names,said in {('optimizer','state'):'of 0 parameters, this fit has 10', ('optimizer','hypers'):'of 0 groups', ('optimizer','hypers',0,'mom'):'without mom'}.items():
+        for f in (tmp_path/'cp').iterdir():
+            f.write_bytes(files[f.name])
+            less(*names)(f)
+        were,files = files,{f.name:f.read_bytes() for f in (tmp_path/'cp').iterdir()}
+        refused(said, cases['gmp'](), resume=True)
+        files = were
     for f in (tmp_path/'cp').iterdir(): f.write_bytes(b'x')
     files = {f.name:f.read_bytes() for f in (tmp_path/'cp').iterdir()}
     refused('none of its 2 checkpoints can be read', cases['gmp'](), resume=True)

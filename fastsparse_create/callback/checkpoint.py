@@ -45,7 +45,7 @@ def _set_random_states(everybodys, rank, dl):
     own = random.getrandbits(31)^rank
     for seed in (random.seed,np.random.seed,torch.manual_seed): seed(own)
 
-# %% ../../nbs/19_callback.checkpoint.ipynb #8c40c007
+# %% ../../nbs/19_callback.checkpoint.ipynb #e26dc6e2
 def _optimizer_state(opt):
     "As data"
     return as_data(dict(opt.state_dict()))
@@ -123,7 +123,8 @@ def _why_no_optimizer(opt, state, kind):
     if 'hypers' not in own: return
     lacks = first(k for a,b in zip(groups, saved) for k in a if k not in b)
     if lacks: return f"without {lacks}, which that of this fit needs"
-    if len(own['state'])!=len(state['state']): return f"of {len(state['state'])} parameters, this fit has {len(own['state'])}"
+    n,n_saved = (len(o.get('state', [])) for o in (own,state))
+    if n!=n_saved: return f"of {n_saved} parameters, this fit has {n}"
 
 def _is_kept(cb):
     not_kept = (Recorder,CheckpointCallback,_Resume,TrainEvalCallback,ProgressCallback)
