@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/45_cli.ipynb #26b09990
-import argparse,errno,logging,shlex,signal,sys,threading,warnings
-from contextlib import contextmanager
+# %% ../nbs/45_cli.ipynb #caa9435e
+import argparse,errno,io,logging,shlex,signal,sys,threading,warnings
+from contextlib import contextmanager,nullcontext,redirect_stdout
 
 # %% ../nbs/45_cli.ipynb #3fa33abb
 class _Parser(argparse.ArgumentParser):
@@ -61,7 +61,7 @@ def _parser():
     one_shot.add_argument('--target', help='where the model is to run. any: zeros anywhere and INT8, a small file; gpu: two of each four weights zero (2:4) and INT8 (default: any)')
     return top,commands.choices
 
-# %% ../nbs/45_cli.ipynb #418e2a4d
+# %% ../nbs/45_cli.ipynb #66159951
 def _table(metrics):
     "The metrics as lines of text, a column for each run"
     columns = {r['model']:r for r in metrics.to_dict('records')}
@@ -99,12 +99,14 @@ def main(argv:list=None, # Arguments; default: those of the process
         args['command'] = shlex.join(['fastsparse.run', *argv])
     elif others := _options(n for n in args if n not in ('model','teacher')): parser.error(f"--resume goes on with what its folder says; leave out {others}")
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format='%(message)s')
-    with warnings.catch_warnings():
+    shows_bars = sys.stdout.isatty() and not quiet
+    others = nullcontext() if shows_bars else redirect_stdout(io.StringIO() if quiet else sys.stderr)  # fastprogress draws its bars into files as well
+    with warnings.catch_warnings(), others:
         warnings.simplefilter('ignore')  # fastai's and torch's, about their own code
         try: experiment = _experiment(command, args, resume)
         except (ValueError,OSError) as e: parser.error(' '.join(str(e).split()))
         try:
-            with _stopped_gently(experiment): experiment.run(show_bar=sys.stdout.isatty() and not quiet)
+            with _stopped_gently(experiment): experiment.run(show_bar=shows_bars)
         except KeyboardInterrupt: return 1
         except OSError as e:
             if e.errno not in _no_room: raise

@@ -291,8 +291,13 @@ def test_two_of_four_for_gpus(tmp_path, quick):
     fitting = [p.param for p in prunable(model).values() if p.param.shape[1]%4==0]
     assert fitting and all(((w.movedim(1,-1).unflatten(-1, (-1,4))!=0).sum(-1)<=2).all() for w in fitting) and float(rows(folder)[1]['sparsity'])==pytest.approx(.5, abs=1e-3)
 
-def test_quiet_says_where_the_results_are(tmp_path, quick, capsys):
+def test_quiet_says_where_the_results_are(tmp_path, quick, capsys, monkeypatch):
     before = logging.getLogger().level
+    experiment = TrainingAware.run
+    def chatty(self, **kwargs):
+        print('a bar')
+        return experiment(self, **kwargs)
+    monkeypatch.setattr(TrainingAware, 'run', chatty)
     folder = run(tmp_path, *small, '--epochs', '1', '--quiet')
     assert capsys.readouterr().out.strip()==str(folder/'report.html')
     assert logging.getLogger().level==before, "who configured logging before keeps it"

@@ -28,7 +28,7 @@ from ..quantization.convert import *
 from ..report import *
 from ..selection import *
 
-# %% ../../nbs/41h_experiment.core.ipynb #417610a4
+# %% ../../nbs/41h_experiment.core.ipynb #d91ecb6f
 @dataclass
 class Run:
     "A model to compare"
@@ -182,9 +182,11 @@ def _export(learn, file):
     "As `learn.export`, as a whole or not at all; `OSError` if the disk doesn't take it"
     dls,opt = learn.dls,learn.opt
     learn._end_cleanup()
-    learn.dls,learn.opt = dls.new_empty(),None
+    learn.dls,learn.opt = DataLoaders(*map(_without_items, dls.loaders), path=dls.path, device=dls.device),None
     try: write_saved(file, learn, pickle_module=cloudpickle, pickle_protocol=2)
     finally: learn.dls,learn.opt = dls,opt
+
+def _without_items(dl): return dl.new(dl.dataset.new_empty() if hasattr(dl.dataset, 'new_empty') else [])  # PyTorch's own datasets can't be emptied
 
 def _zeros(state, names): return sum(state[n].numel()-state[n].count_nonzero().item() for n in names)
 
