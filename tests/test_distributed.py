@@ -137,9 +137,9 @@ def _grid(world, names, broadcasts, accumulates=False):
         scenarios[f"{name}{'' if broadcasts else ', no broadcasts'}{', accumulated' if accumulates else ''} [{world}]"] = scenario,world
 
 _grid(2, modifiers_of, False)
-_grid(2, ['gmp','constant','SET','RigL','TopKAST','OBS','QAT','channels','thinned','unfrozen'], True)
-_grid(2, ['SET','RigL','SNFS','movement','MFAC','distilled'], False, True)
-_grid(4, ['SET','RigL','global_magnitude','MFAC','QAT','thinned'], False)
+_grid(2, modifiers_of, True)
+_grid(2, modifiers_of, False, True)
+_grid(4, modifiers_of, False)
 
 # what the grid doesn't say
 
