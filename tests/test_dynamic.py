@@ -8,6 +8,7 @@ from fastsparse_create.callback.dynamic_pruning import *
 from fastsparse_create.callback.pruning import *
 from fastsparse_create.create.manager import *
 from fastsparse_create.criteria import *
+from fastsparse_create import distribution
 from fastsparse_create.distribution import *
 from fastsparse_create.masks.core import *
 from fastsparse_create.masks.structured import *
@@ -37,6 +38,11 @@ def test_published_erk(params, sparsity, expected):
     if params is lenet_300: assert erdos_renyi(params, sparsity)==pytest.approx(found)
     total = sum(p.numel() for p in params)
     assert sum(s*p.numel() for s,p in zip(found, params))==pytest.approx(sparsity*total, abs=len(params)+1)
+
+def test_other_powers_of_erk():
+    "jaxpruner's vector for its square; a distribution of one's own is a function"
+    params = shapes((2,4),(3,6),(2,4,6))
+    assert distribution._proportional(params, .5, [(sum(p.shape)/p.numel())**2 for p in params])==pytest.approx([0,.033,.758], abs=1e-3)
 
 @pytest.mark.parametrize('name,sparsity,n_layers,n_dense,expected', [
     ('resnet18', .9, 21, 3, {'conv1':0, 'layer1.0.conv1':.5773, 'layer4.0.conv2':.9492, 'fc':.6566}), ('resnet18', .8, 21, 4, {'fc':.2803}),
@@ -490,13 +496,14 @@ def trained(cbs, fit=lambda learn,cbs: learn.fit(4, cbs=cbs), **kwargs):
     fit(learn, cbs)
     return {**weights(learn.model),**{f'mask of {k}':m for k,m in masks(learn.model).items()}}
 
-def looped(cbs, opt=partial(torch.optim.SGD, lr=.05, momentum=.9)):
-    "The same training, in somebody's own loop"
-    model,data = mlp(),list(tiny_dls(10).train)
+def looped(cbs, opt=partial(torch.optim.SGD, lr=.05, momentum=.9), hypers=()):
+    "The same training, in somebody's own loop, with a learning rate and a momentum for each step if `hypers` has some"
+    model,data,hypers = mlp(),list(tiny_dls(10).train),iter(hypers)
     opt = opt(model.parameters())
     manager = LoopManager(model, opt, len(data), 4, cbs)
     for _ in range(4):
         for xb,yb in data:
+            opt.param_groups[0].update(next(hypers, {}))
             opt.zero_grad()
             MSELossFlat()(model(xb), yb).backward()
             opt.step()
@@ -516,6 +523,17 @@ def test_callback_recipe_and_plain_loop_are_one(name):
     runs = [trained([callback()], **opt), trained([modifier(.6, 0, 3, .4)], **opt), trained(recipe.callbacks(), **opt), looped([callback()]), looped([modifier(.6, 0, 3, .4)])]
     assert all(same(runs[0], r) for r in runs[1:])
     assert not same(runs[0], trained([modifier(.6, 0, 3, .4, seed=1)], **opt))
+
+@pytest.mark.parametrize('name', recipes)
+def test_one_cycle_recipe_and_plain_loop_are_one(name):
+    text,_,callback = recipes[name]
+    recipe,hypers = Recipe.from_string(f"modifiers:\n- {text}\n  start_epoch: 0\n  end_epoch: 3\n  update_frequency: .4\n- !EpochRangeModifier\n  start_epoch: 0\n  end_epoch: 4\n"),[]
+    note = Note('after_pred', lambda cb: hypers.append(dict(lr=cb.opt.hypers[-1]['lr'], momentum=cb.opt.hypers[-1]['mom'])) if cb.training else None)
+    def fit(learn, cbs): learn.fit_one_cycle(4, .05, wd=0., cbs=cbs)
+    opt = dict(opt_func=wrapped(torch.optim.SGD, momentum=.9))
+    first = trained([callback(), note], fit, **opt)
+    assert len(hypers)==40 and len({h['momentum'] for h in hypers})>30
+    assert same(first, trained(recipe.callbacks(), fit, **opt)) and same(first, looped([callback()], hypers=hypers)) and not same(first, looped([callback()]))
 
 @pytest.mark.parametrize('method', [SET,SNFS,RigL])
 def test_one_cycle_repeats(method):
