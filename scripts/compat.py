@@ -1,4 +1,4 @@
-"""The tests with the oldest versions that settings.ini allows, and with the newest that can be had, each in a fresh environment.
+"""The tests with the oldest versions that settings.ini allows, and with the newest that can be had, each in a fresh environment; `newest_tested` there says which the latter were.
 
     python scripts/compat.py oldest newest                        # a part of the tests that touches all of the library
     python scripts/compat.py oldest -- tests/test_manager.py -x   # or others, as pytest takes them
