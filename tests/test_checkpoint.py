@@ -165,9 +165,22 @@ def test_stop_saves_and_ends(tmp_path):
     one_cycle(again, [*cases['gmp'](), CheckpointCallback('cp', resume=True)])
     assert latest_checkpoint(tmp_path/'cp')['epoch']==n_epoch and same(state_of(again), state_of(whole(cases['gmp'], tmp_path/'whole')))
 
-@pytest.mark.parametrize('spoil', [lambda f: f.write_bytes(f.read_bytes()[:-1000]), lambda f: f.write_bytes(b''), lambda f: f.write_bytes(f.read_bytes()[:3000]+b'12345678'+f.read_bytes()[3008:]),
-                                   lambda f: (f.unlink(), f.symlink_to('nowhere'))], ids=['cut','empty','changed','gone'])
-def test_damaged_files_are_passed_over(spoil, tmp_path, caplog):
+def less(*names):
+    "A checkpoint without one of its sections"
+    def spoil(f):
+        state = at = torch.load(f, weights_only=True)
+        for n in names[:-1]: at = at[n]
+        del at[names[-1]]
+        torch.save(state, f)
+    return spoil
+
+damages = dict(cut=lambda f: f.write_bytes(f.read_bytes()[:-1000]), empty=lambda f: f.write_bytes(b''), changed=lambda f: f.write_bytes(f.read_bytes()[:3000]+b'12345678'+f.read_bytes()[3008:]),
+               gone=lambda f: (f.unlink(), f.symlink_to('nowhere')))
+strangers = dict(tensor=lambda f: torch.save({'a':torch.ones(3)}, f), list=lambda f: torch.save([1], f), dict=lambda f: torch.save({}, f), weights=lambda f: torch.save(conv_net().state_dict(), f),
+                 **{' '.join(map(str, names)):less(*names) for names in (('random',),('random',0),('recorder',),('recorder','noted'),('notes','trainable'),('model',),('n_iter',),('optimizer',))})
+
+@pytest.mark.parametrize('spoil', [pytest.param(f, id=n) for n,f in {**damages, **strangers}.items()])
+def test_what_is_damaged_or_no_checkpoint_is_passed_over(spoil, tmp_path, caplog):
     with pytest.raises(Stopped): one_cycle(learner(tmp_path), [*cases['gmp'](), CheckpointCallback('cp', 1), StopAfter(9)])
     older,newer = sorted((tmp_path/'cp').iterdir())
     spoil(newer)
@@ -204,25 +217,6 @@ def test_what_a_kill_left_goes_with_the_next_fit(tmp_path):
     assert all(f.exists() for f in stay+go)
     with pytest.raises(Stopped): one_cycle(learner(tmp_path), [CheckpointCallback('cp', 1, resume=True), StopAfter(12)])
     assert all(f.exists() for f in stay) and not any(f.exists() for f in go)
-
-def less(*names):
-    "A checkpoint without one of its sections"
-    def spoil(f):
-        state = at = torch.load(f, weights_only=True)
-        for n in names[:-1]: at = at[n]
-        del at[names[-1]]
-        torch.save(state, f)
-    return spoil
-
-@pytest.mark.parametrize('spoil', [lambda f: torch.save({'a':torch.ones(3)}, f), lambda f: torch.save([1], f), lambda f: torch.save({}, f), lambda f: torch.save(conv_net().state_dict(), f),
-                                   less('random'), less('random',0), less('recorder'), less('recorder','noted'), less('notes','trainable'), less('model'), less('n_iter'), less('optimizer')])
-def test_what_is_no_checkpoint_is_passed_over(spoil, tmp_path, caplog):
-    with pytest.raises(Stopped): one_cycle(learner(tmp_path), [*cases['gmp'](), CheckpointCallback('cp', 1), StopAfter(9)])
-    older,newer = sorted((tmp_path/'cp').iterdir())
-    spoil(newer)
-    again = learner(tmp_path)
-    one_cycle(again, [*cases['gmp'](), CheckpointCallback('cp', 1, resume=True)])
-    assert same(state_of(again), state_of(whole(cases['gmp'], tmp_path/'whole'))) and 'is damaged or gone' in caplog.text and newer.name in caplog.text
 
 def test_what_does_not_fit_changes_nothing(tmp_path):
     with pytest.raises(Stopped): one_cycle(learner(tmp_path), [*cases['gmp'](), CheckpointCallback('cp', 1), StopAfter(9)])
