@@ -11,6 +11,7 @@ import math,torch
 from copy import copy as shallow_copy,deepcopy
 from dataclasses import dataclass
 from torch import nn
+from .attention import *
 from .criteria import seeded
 from .masking import *
 from .permutation.axes import resolve
@@ -43,13 +44,21 @@ class LayerGroup:
     @property
     def places(self): return self.made+self.read+self.kept
 
+    def step(self, round_to:int)->int:
+        "How many channels to remove at once, so that layers keep multiples of `round_to` outputs; a head has many"
+        return round_to//math.gcd(round_to, *(p.repeat for p in self.made))
+
     @property
     def names(self)->set:
         "Names of the parameters that make or read the channels"
         return {p.name for p in self.made+self.read}
 
+    def _each(self):
+        n = min((p.repeat for p in self.made), default=1)
+        return f", {n} outputs each," if n>1 else ''
+
     def __repr__(self):
-        shown = f"{self.size} channels of {', '.join(self.layers)}, read by {', '.join(self.readers) or 'no layer'}"
+        shown = f"{self.size} channels{self._each()} of {', '.join(self.layers)}, read by {', '.join(self.readers) or 'no layer'}"
         return f"{shown}: stay, {self.reason}" if self.reason else shown
 
 def layer_of(name:str)->str:
@@ -159,6 +168,15 @@ def unthinned_shapes(model:nn.Module, # Any model
     model = unwrap_model(model)
     return {**{n:tuple(p.shape) for n,p in model.named_parameters()}, **model.__dict__.get('_unthinned', {})}
 
+def _heads_left(model, keep, sites):
+    "`{module: attention heads that it is left with}`: the first of its layers that loses outputs says how many"
+    names,res = {id(s.param):n for n,s in sites.items()},{}
+    for m in filter(n_heads, model.modules()):
+        for n in (names[id(p)] for layer in (m, *m.children()) for p in layer._parameters.values() if p is not None and p.ndim>1):
+            dim = int(_reads(sites[n], 0))
+            if m not in res and dim in keep.get(n, {}): res[m] = n_heads(m)*len(keep[n][dim])//sites[n].param.shape[dim]
+    return res
+
 @torch.no_grad()
 def shrink_(model:nn.Module, # Model to change
             keep:dict, # What stays: `{name: {dim: index}}` for parameters and buffers
@@ -166,6 +184,9 @@ def shrink_(model:nn.Module, # Model to change
            ):
     "Keep only some positions of parameters and buffers, and of what belongs to them; nothing is checked"
     sites,modules,buffers = named_sites(model),dict(model.named_modules()),dict(model.named_buffers())
+    heads = _heads_left(model, keep, sites)
+    for m,n in heads.items(): set_heads_(m, n)
+    if heads: leave_shortcuts_(model)
     model._unthinned = unthinned_shapes(model)
     for name,dims in keep.items():
         if name in sites: _cut_param(sites[name], dims, opt)
@@ -206,7 +227,7 @@ class ChannelGraph:
                  ignore=(), # Layers whose outputs stay, see `select`
                 ):
         model = unwrap_model(model)
-        self.rehearsal = rehearse(model, example)
+        self.rehearsal = rehearse(model, example, whole_heads=True)
         if isinstance(self.rehearsal, str): raise ValueError(f"example: {self.rehearsal}")
         sites,ignored = named_sites(self.rehearsal.model),select(model, ignore, weights_only=False) if ignore else {}
         self.shapes = {n:tuple(s.param.shape) for n,s in sites.items()}
@@ -280,7 +301,10 @@ class ChannelGraph:
 
     def layer_sizes(self, group:LayerGroup)->dict:
         "`{layer: (outputs, outputs for each channel)}` of the layers of a group"
-        return {layer_of(p.name):(self.shapes[p.name][p.dim],p.repeat) for p in group.made if len(self.shapes[p.name])>1}
+        places = {}
+        for p in group.made:
+            if len(self.shapes[p.name])>1: places.setdefault(layer_of(p.name), {}).setdefault(p.name, []).append(p)
+        return {layer:(sum(self.shapes[n][ps[0].dim] for n,ps in by_name.items()),sum(p.repeat for ps in by_name.values() for p in ps)) for layer,by_name in places.items()}
 
     def costs(self,
               lost:dict, # `{group: how many channels go}`

@@ -14,6 +14,7 @@ from itertools import islice
 from fastai.torch_core import no_random
 from torch import nn,Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
+from .attention import PlainMultiheadAttention
 from .criteria import *
 from .distribution import *
 from .effective import stored_weight
@@ -24,9 +25,8 @@ from .masks.core import *
 from .masks.structured import *
 from .masks.nm import *
 from .permutation.rules import call_model
-from .quantization.core import QuantizationScheme
 from .quantization.convert import is_quantized
-from .quantization.layers import QuantMultiheadAttention,why_not_quantized
+from .quantization.layers import why_not_quantized
 from .quantization.placement import undisturbed
 from .selection import *
 from .sparse.linear import LayerReport
@@ -97,8 +97,8 @@ def _why_not_fitted(site):
     "Why the outputs that a weight makes can't be fitted; empty if they can"
     for m,attr in site.owners:
         is_linear = attr=='weight' and (isinstance(m, (nn.Linear,*_convs)) or type(m).__name__=='Conv1D')
-        is_attention = attr=='in_proj_weight' and isinstance(m, QuantMultiheadAttention)
-        if not is_linear and not is_attention: return f"{attr} of {type(m).__name__.removeprefix('Quant')} is not supported"
+        is_attention = attr=='in_proj_weight' and isinstance(m, PlainMultiheadAttention)
+        if not is_linear and not is_attention: return f"{attr} of {type(m).__name__.removeprefix('Plain')} is not supported"
     n = outputs_first(site, site.param)[0].numel()
     return f"{n:,} inputs are too many" if n>_most_inputs else ''
 
@@ -114,11 +114,10 @@ def _is_linear(site, module, x, y):
 def _attention_in_parts(*models):
     "Attention calls its last projection as a module"
     held = [m for model in models for m in model.modules() if type(m) is nn.MultiheadAttention and not why_not_quantized(m)]
-    for m in held: m.__class__,m.scheme = QuantMultiheadAttention,QuantizationScheme(None, None)
+    for m in held: m.__class__ = PlainMultiheadAttention
     try: yield
     finally:
         for m in held: m.__class__ = nn.MultiheadAttention
-        for m in held: del m.scheme
 
 # %% ../nbs/09i_one_shot.ipynb #7afc43bc
 @dataclass

@@ -28,7 +28,7 @@ def _uses_rnn(m, inputs, out):
 
 def _uses_attention(m, inputs, out):
     n = [x.numel()//size for x,size in zip(inputs, (m.embed_dim,m.kdim,m.vdim))]
-    if m._qkv_same_embed_dim: yield m.in_proj_weight,tensor(n).repeat_interleave(m.embed_dim)
+    if m.in_proj_weight is not None: yield m.in_proj_weight,tensor(n).repeat_interleave(len(m.in_proj_weight)//3)
     else: yield from zip((m.q_proj_weight,m.k_proj_weight,m.v_proj_weight), n)
     yield m.out_proj.weight,n[0]
 

@@ -33,11 +33,11 @@ def _dead(group, params):
     return dead,_is_zero(group, weights, params)&~dead
 
 def _rounded(gone, # Boolean: channels that may go
-             round_to):
-    "The channels to remove, so that a multiple of `round_to` is left, and at least one"
+             step):
+    "The channels to remove, so that a multiple of `step` is left, and at least one"
     size,n = len(gone),int(gone.sum())
     left = max(1, size-n)
-    left = min(size, -(-left//round_to)*round_to)
+    left = min(size, -(-left//step)*step)
     return gone.nonzero().squeeze(1)[n-(size-left):] if left<size else gone.new_zeros(0, dtype=torch.long)
 
 def _holds(params, drops, is_constant):
@@ -132,7 +132,7 @@ def thin_graph_(owner:str, # Who asks, for messages
         dead,constant = _dead(g, params)
         if constants=='drop': dead |= constant
         elif constant.any(): notes[g] = f"{int(constant.sum())} channels have no weights, but a bias or a norm that isn't 0"
-        channels = _rounded(dead, round_to)
+        channels = _rounded(dead, g.step(round_to))
         if len(channels): drops[g] = channels
     holds = _holds(params, drops, constants=='drop')
     wrong = graph.refused(drops, holds)
@@ -182,7 +182,7 @@ class ChannelRanking:
                  min_keep:float=.1, # Share of each group that stays, at least one channel
                  sizes:list=None, # Channels that the groups had before they were thinned, which `min_keep` refers to
                 ):
-        store_attr('groups,round_to')
+        self.groups,self.steps = groups,torch.tensor([g.step(round_to) for g in groups], dtype=torch.long)
         self.orders = [s.argsort(stable=True) for s in scores]
         keys = scores if share=='global' else [(s.argsort(stable=True).argsort()+.5)/len(s) for s in scores]
         keys,owner = torch.cat([k.double() for k in keys]) if keys else torch.zeros(0),torch.cat([torch.full((g.size,), i) for i,g in enumerate(groups)]) if groups else torch.zeros(0, dtype=torch.long)
@@ -198,7 +198,7 @@ class ChannelRanking:
         if not self.groups: return {}
         sizes = torch.tensor([g.size for g in self.groups])
         left = torch.maximum(sizes-torch.bincount(self.owner[:n], minlength=len(sizes)), self.floor)
-        left = torch.minimum(-(-left//self.round_to)*self.round_to, sizes)
+        left = torch.minimum(-(-left//self.steps)*self.steps, sizes)
         return dict(zip(self.groups, (sizes-left).tolist()))
 
     def drops(self, n:int)->dict: # `{group: channels}`

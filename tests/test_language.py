@@ -193,11 +193,14 @@ def test_other_networks(kind, data, tmp_path):
 
 def test_channels_are_removed_for_onnxruntime(data, tmp_path):
     tokenizer = make_tokenizer(corpus, model_input_names=['input_ids','token_type_ids','attention_mask'])
-    config = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=256, max_position_embeddings=64)
+    config = transformers.BertConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=256, max_position_embeddings=64)
     folder = save_network(tmp_path/'model', lambda: transformers.BertModel(config), tokenizer)
     made = run(tmp_path/'out', '--use-case', 'text_classification', '--model', folder, '--data', data['text_classification'], '--target', 'onnxruntime', '--epochs', '2', '--train-samples', '40', '--val-samples', '20')
     dense,thinned = rows(made)
     assert thinned['model']=='thinned' and int(thinned['flops'])<.6*int(dense['flops'])
+    layer = load_model(made/'model.pth').network.bert.encoder.layer[0]
+    assert layer.attention.self.query.out_features==16*layer.attention.self.num_attention_heads<64 and layer.intermediate.dense.out_features<256
+    assert not [f for f in (made/'model').iterdir() if 'weights' in f.name or 'model' in f.name] and "load_model(&#x27;model.pth&#x27;)" in (made/"report.html").read_text()
 
 def prepared(case, bert, source, **kwargs):
     case = find_use_case(case)

@@ -1,5 +1,5 @@
 "Do thinned models compute what masked ones did, train as they would have, and refuse what can't be done before anything changes?"
-import pytest,torch.nn.functional as F
+import pickle,pytest,torch.nn.functional as F
 from torch.optim.swa_utils import AveragedModel
 from utils import *
 from copy import deepcopy
@@ -116,7 +116,7 @@ def test_thinned_equals_masked(name):
 @pytest.mark.parametrize('name', _marked(['resnet18','mobilenet_v2','vgg','xresnet','vision_learner','densenet','unet']))
 def test_all_groups_are_removable(name): assert not [g for g in channel_groups(model_of(name), x32) if g.reason]
 
-@pytest.mark.parametrize('name,word', [('vit','fails without'), ('timm_vit','fails without'), ('grouped','groups of equal size'), ('numbered','')])
+@pytest.mark.parametrize('name,word', [('vit','normalizes across'), ('timm_vit','normalizes across'), ('grouped','groups of equal size'), ('numbered','fails without')])
 def test_what_has_to_stay_says_why(name, word):
     reasons = [g.reason for g in channel_groups(model_of(name), x32) if g.reason]
     assert reasons and any(word in r for r in reasons)
@@ -584,3 +584,143 @@ def test_a_teacher_keeps_its_channels():
     sizes = [p.shape for p in teacher.parameters()]
     learn.fit(2, cbs=[StructuredPruningModifier(0., .5, 0, 1, .5), LayerThinningModifier(update_epochs=[1]), Distills(teacher)])
     assert [p.shape for p in teacher.parameters()]==sizes!=[p.shape for p in learn.model.parameters()]
+
+# attention
+
+class Written(nn.Module):
+    "Attention by hand; its output is put together by the width of the input, or by itself"
+    def __init__(self, is_fixed=False):
+        super().__init__()
+        self.is_fixed,self.n_head = is_fixed,4
+        self.qkv,self.proj = nn.Linear(16, 48),nn.Linear(16, 16)
+    def forward(self, x):
+        b,t,c = x.shape
+        q,k,v = (o.view(b, t, self.n_head, -1).transpose(1, 2) for o in self.qkv(x).chunk(3, -1))
+        out = ((q@k.transpose(-2, -1)).softmax(-1)@v).transpose(1, 2)
+        return self.proj(out.reshape(b, t, c if self.is_fixed else -1))
+
+class Seen(nn.Module):
+    "Somebody looks at the weights of an attention, of each head or of all"
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.attention,self.kwargs = nn.MultiheadAttention(16, 4, batch_first=True, add_bias_kv=kwargs.pop('add_bias_kv', False)),kwargs
+    def forward(self, x): return self.attention(x, x, x, **self.kwargs)
+
+def _words(*shape): return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+_ids = torch.randint(1, 50, (2,7), generator=torch.Generator().manual_seed(1))
+
+def _hf(name, config, **kwargs):
+    def _make():
+        transformers = pytest.importorskip('transformers')
+        return getattr(transformers, name)(getattr(transformers, config)(vocab_size=50, **kwargs))
+    return _make
+
+_bert = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=48, max_position_embeddings=16)
+attentions = dict(
+    encoder=(lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2), _words(2, 5, 16)),
+    length_first=(lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32), 2), _words(5, 2, 16)),
+    cross=(lambda: nn.Transformer(16, 4, 1, 1, 32, batch_first=True), (_words(2, 5, 16),_words(2, 4, 16))),
+    as_many_heads_as_outputs=(lambda: nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, bias=False), _words(4, 4, 16)),
+    written=(Written, _words(2, 5, 16)),
+    vit=(zoo['vit'], x32), timm_vit=(zoo['timm_vit'], x32),
+    swin=(_timm('swin_tiny_patch4_window7_224', img_size=32, window_size=4, depths=(2,1), num_heads=(2,4), embed_dim=16), x32),
+    bert=(_hf('BertForSequenceClassification', 'BertConfig', **_bert), dict(input_ids=_ids, attention_mask=torch.ones_like(_ids).triu(-4))),
+    bert_eager=(_hf('BertForSequenceClassification', 'BertConfig', attn_implementation='eager', **_bert), _ids),
+    distilbert=(_hf('DistilBertForSequenceClassification', 'DistilBertConfig', dim=32, n_heads=4, n_layers=1, hidden_dim=48), _ids),
+    gpt2=(_hf('GPT2ForSequenceClassification', 'GPT2Config', n_embd=32, n_head=4, n_layer=1, n_positions=16, use_cache=False, pad_token_id=0, bos_token_id=None, eos_token_id=None), _ids),
+    t5=(_hf('T5EncoderModel', 'T5Config', d_model=32, d_kv=8, num_heads=4, num_layers=2, d_ff=48), _ids))
+
+def attention_of(name):
+    torch.manual_seed(0)
+    f,x = attentions[name]
+    model = f()
+    for p in model.parameters(): p.data += .1*torch.randn_like(p)  # biases that aren't 0
+    return model.eval(),x
+
+def run(model, x):
+    res = model(**x) if isinstance(x, dict) else model(*x) if isinstance(x, tuple) else model(x)
+    return next(t for t in (res if isinstance(res, (tuple,Tensor)) else res.to_tuple()) if torch.is_tensor(t)) if not torch.is_tensor(res) else res
+
+def heads_in(model, x): return [g for g in channel_groups(model, x) if not g.reason and g.size in (2,3,4)]
+
+@pytest.mark.parametrize('name', attentions)
+def test_attention_without_heads_equals_the_masked_one(name):
+    model,x = attention_of(name)
+    groups = heads_in(model, x)
+    assert groups and all(g.size in (2,3,4) for g in groups)
+    for g in groups: silence(model, g, torch.tensor([1]))
+    with torch.no_grad(): before = run(model, x)
+    n = sum(p.numel() for p in model.parameters())
+    thin_(model, x)
+    assert {g.size for g in heads_in(model, x)} <= {g.size-1 for g in groups}-{1}
+    with torch.no_grad(): assert (run(model, x)-before).abs().max()<=1e-5*max(1., float(before.abs().max()))  # without gradients, nn.TransformerEncoder takes its fast path if it can
+    assert sum(p.numel() for p in model.parameters())<n
+    for m in (deepcopy(model), pickle.loads(pickle.dumps(model))): assert torch.equal(run(m, x), run(model, x))
+    run(model.train(), x).square().mean().backward()
+    assert all(p.grad is None or p.grad.shape==p.shape for p in model.parameters())
+
+@pytest.mark.parametrize('name', ['encoder','vit','bert','gpt2','swin'])
+def test_thin_like_counts_heads(name):
+    model,x = attention_of(name)
+    prune_channels_(model, x, amount=.5, share='uniform')
+    fresh,_ = attention_of(name)
+    thin_like(fresh, model.state_dict()).load_state_dict(model.state_dict())
+    assert torch.equal(run(fresh, x), run(model, x))
+
+def test_padding_and_the_fast_path():
+    model,x = attention_of('encoder')
+    padding = torch.tensor([[False]*5, [False]*3+[True]*2])
+    silence(model, heads_in(model, x)[0], torch.tensor([2]))
+    with torch.no_grad(): before = model(x, src_key_padding_mask=padding)
+    thin_(model, x)
+    with torch.no_grad(): after = model(x, src_key_padding_mask=padding)
+    assert model.layers[0].self_attn.num_heads==3 and torch.allclose(before[~padding], after[~padding], atol=1e-5)
+
+def test_roundings_count_outputs_of_heads():
+    model,x = attention_of('encoder')
+    assert [g.step(8) for g in heads_in(model, x)]==[2,2]  # heads of 4 outputs
+    report = prune_channels_(model, x, amount=.4, share='uniform', round_to=8)
+    assert {r.layer:r.left for r in report.rows}=={f'layers.{i}.{n}':left for i in (0,1) for n,left in (('self_attn',24),('linear1',24))}
+
+def test_reports_count_all_rows_of_a_channel():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Linear(4, 16),nn.Linear(8, 2)
+        def forward(self, x): return self.b(F.glu(self.a(x)))
+    report = prune_channels_(Gated(), torch.randn(2, 4), amount=.5)
+    assert [(r.layer,r.channels,r.left) for r in report.rows]==[('a',16,8)]
+
+@pytest.mark.parametrize('f,word', [(lambda: Written(True), 'fails without'), (lambda: Seen(average_attn_weights=False), 'another shape'), (lambda: Seen(), 'outputs would change'),
+                                    (lambda: Seen(add_bias_kv=True, need_weights=False), "add_bias_kv or add_zero_attn can't lose heads")])
+def test_heads_that_stay_say_why(f, word):
+    groups = [g for g in channel_groups(f(), _words(2, 5, 16)) if g.size==4]
+    assert not groups or [g.reason for g in groups if word in g.reason]
+
+def test_shared_keys_keep_their_heads():
+    model = _hf('LlamaForCausalLM', 'LlamaConfig', num_hidden_layers=1, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48, use_cache=False)().eval()
+    assert any('fails without' in g.reason for g in channel_groups(model, _ids))
+    prune_channels_(model, _ids, amount=.3)
+    assert model.model.layers[0].self_attn.q_proj.out_features==32 and model.model.layers[0].mlp.up_proj.out_features<48
+
+@pytest.mark.parametrize('opt_func', [partial(SGD, mom=.9), Adam])
+def test_heads_leave_while_training(opt_func):
+    torch.manual_seed(0)
+    learn = tiny_learner(nn.Sequential(nn.TransformerEncoderLayer(16, 4, 32, dropout=0., batch_first=True), nn.Flatten(), nn.Linear(80, 2)), opt_func=opt_func, shape=(5,16))
+    seen = Note('after_batch', lambda s: (s.model[0].self_attn.num_heads, s.model[0].linear1.out_features))
+    learn.fit(3, cbs=[StructuredPruningModifier(0., .5, 0, 1, .5), LayerThinningModifier(update_epochs=[2]), seen])
+    assert seen.notes==[(4,32)]*8+[(2,16)]*4
+    assert all(t.shape==p.shape for p,s in learn.opt.state.items() for t in s.values() if torch.is_tensor(t) and t.ndim)
+
+@pytest.mark.parametrize('name', ['encoder','bert'])
+def test_thinned_attention_is_quantized_and_exported(name, tmp_path):
+    pytest.importorskip('onnxruntime')
+    from fastsparse_create.quantization.convert import calibrate_,quantize_
+    from fastsparse_create.export.onnx import export_onnx
+    model,x = attention_of(name)
+    prune_channels_(model, x, amount=.4, share='uniform')
+    x = x['input_ids'] if isinstance(x, dict) else x
+    assert export_onnx(model, tmp_path/'floats.onnx', x).max_abs<1e-4
+    quantize_(model, x)
+    calibrate_(model, [x]*2)
+    assert export_onnx(model, tmp_path/'int8.onnx', x, int8=True).rel_rms<.1

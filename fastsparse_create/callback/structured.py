@@ -161,7 +161,8 @@ class StructuredPruningModifier(NeedsExample, GMPruningModifier):
         for g,order in zip(ranking.groups, ranking.orders):
             full = self._full[tuple(g.layers)]
             left = max(1, full-round(sparsity*full))
-            n = g.size-math.ceil(left/self.round_to)*self.round_to
+            step = g.step(self.round_to)
+            n = g.size-math.ceil(left/step)*step
             if n>0: res[g] = order[:n].sort().values
         return res
 

@@ -165,8 +165,9 @@ def language_saved(data, o, auto): return {'classes':list(data.classes), 'length
 def write_language_model(exp, # A `TrainingAware` that has run
                          folder, # Its folder
                         ):
-    "Write `model/` for Transformers"
-    save_language_model(exp.learn.model, exp.data.tokenizer, folder/'model')
+    "Write `model/` for Transformers; of a network that has lost channels, which no config can say, only the tokenizer"
+    if exp.is_thinned: exp.data.tokenizer.save_pretrained(folder/'model')
+    else: save_language_model(exp.learn.model, exp.data.tokenizer, folder/'model')
 
 def language_arch(name, o): return load_config(name).model_type
 
@@ -207,7 +208,7 @@ logits, = session.run(None, {{i.name:batch[i.name] for i in session.get_inputs()
 def language_use(exp, auto, texts, what, cut='True'):
     "Lines of code that use the files"
     onnx = _use_onnx.format(texts=texts, length=exp.data.length, what=what, cut=cut)
-    return [onnx]*(exp.deployed is not None)+[_use_model.format(auto=auto)]
+    return [onnx]*(exp.deployed is not None)+[use_weights if exp.is_thinned else _use_model.format(auto=auto)]
 
 def _use(exp):
     names = ', '.join(f'{i}: {c}' for i,c in enumerate(exp.data.classes[:12]))

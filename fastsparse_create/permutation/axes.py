@@ -128,9 +128,18 @@ def _merge(outer, inner):
     freeze(outer+inner, 'merged dimensions')
     return new_axis(n_outer*n_inner, 'merged dimensions')
 
-def _split(axis, n_outer):
+def _keep_whole(axis, n, heads):
+    "From now on `n` neighbours of `axis` are one channel, where that makes `heads` of them, or a multiple"
+    start = 0
+    for c,r in resolve(axis):
+        many = n//r
+        if c.parts is None and c.is_live and many>1 and n%r==0 and c.size%(many*heads)==0 and start%n==0: c.parts = [(Channels(c.size//many),many)]
+        start += c.size*r
+
+def _split(axis, n_outer, heads=0):
     "The axes of the two dimensions that one becomes"
     n_inner = length(axis)//n_outer
+    if heads: _keep_whole(axis, n_inner, heads)
     if n_outer>_MAX_COPIES: freeze(axis, 'split dimensions')
     if not is_live(axis): return [new_axis(n, why_frozen(axis)) for n in (n_outer,n_inner)]
     if all(r%n_inner==0 for _,r in resolve(axis)): return [(c,r//n_inner) for c,r in resolve(axis)],new_axis(n_inner, 'neighbours')
@@ -138,18 +147,19 @@ def _split(axis, n_outer):
     for copy in copies[1:]: unify(copies[0], copy)
     return new_axis(n_outer, 'copies'),copies[0]
 
-def _regroup(axes, sizes):
+def _regroup(axes, sizes, heads):
     "The axes of `sizes` for those of dimensions with the same product"
     axis = axes[0]
     for inner in axes[1:]: axis = _merge(axis, inner)
-    res = []
-    for n in sizes[:-1]:
-        outer,axis = _split(axis, n)
+    res,at = [],max((i for i,n in enumerate(sizes[:-1]) if heads and n%heads==0), default=None)
+    for i,n in enumerate(sizes[:-1]):
+        outer,axis = _split(axis, n, heads if i==at else 0)
         res.append(outer)
     return res+[axis]
 
 def reshape(axes:list, # An axis for each dimension
             shape:tuple, # The new shape
+            heads:int=0, # Attention heads that stay whole when a dimension is split into so many, or a multiple; 0: none
            )->list: # An axis for each of its dimensions
     "What `view` makes of `axes`"
     old,new,res = [a for a in axes if length(a)>1],[n for n in shape if n>1],[]
@@ -158,5 +168,5 @@ def reshape(axes:list, # An axis for each dimension
         while (n:=prod(map(length, taken)))!=(m:=prod(sizes)):
             if n<m: taken.append(old.pop(0))
             else: sizes.append(new.pop(0))
-        res += _regroup(taken, sizes)
+        res += _regroup(taken, sizes, heads)
     return [new_axis(1) if n==1 else res.pop(0) for n in shape]

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend,sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
+from ..attention import n_heads
 from ..masking import *
 from .axes import *
 from .rules import *
@@ -27,8 +28,9 @@ from ..selection import *
 # %% ../../nbs/08_permutation.graph.ipynb #fbfa260b
 class _Tracer(TorchDispatchMode):
     "Follows the axes of all tensors while a model runs"
-    def __init__(self, model):
+    def __init__(self, model, whole_heads=False):
         super().__init__()
+        self.heads_of = {name:n_heads(m) for name,m in model.named_modules()} if whole_heads else {}
         self.known,self.touched,self.path,self.refused,self.eps = WeakTensorKeyDictionary(),set(),[''],None,0.
         for x in [*model.parameters(), *model.buffers()]: self.know(x, None, 'parameter')
         for m in model.modules():
@@ -82,6 +84,11 @@ class _Tracer(TorchDispatchMode):
         "The values of `x` become known to Python"
         self.freeze(x, self.where)
         if self.kind(x)=='activation': self.refused = f"Python reads activations ({self.where}), so another batch may take another path"
+
+    @property
+    def heads(self):
+        "Attention heads of the module that runs, if they are to stay whole"
+        return self.heads_of.get(self.path[-1], 0)
 
     @property
     def where(self): return f"{self.op} in {self.path[-1]}" if self.path[-1] else self.op
@@ -152,6 +159,7 @@ class Rehearsal:
                  xb, # An example: a tensor, a tuple of arguments or a dict of keyword arguments
                  dtype:torch.dtype=None, # Precision; default: as it is
                  generic:bool=False, # Perturb parameters and statistics?
+                 whole_heads:bool=False, # Are attention heads channels, instead of what is in them?
                 ):
         self.sharing = _sharing(unwrap_model(model))
         self.model = _copy(unwrap_model(model))
@@ -159,7 +167,7 @@ class Rehearsal:
         if generic: _perturb(self.model)
         like = next(self.model.parameters(), torch.empty(0))
         def plain(x): return x.detach().as_subclass(Tensor).to(like.device, like.dtype if x.is_floating_point() else x.dtype)
-        self.inputs,self.tracer = _map(plain, xb),_Tracer(self.model)
+        self.inputs,self.tracer = _map(plain, xb),_Tracer(self.model, whole_heads)
         self.outputs = {training:self.run(training, self.tracer) for training in (False,True)}
 
     def run(self,
@@ -225,10 +233,11 @@ def _stepwise_attention():
 # %% ../../nbs/08_permutation.graph.ipynb #80c846ad
 def rehearse(model:nn.Module, # Any model
              xb, # An example: a tensor, a tuple of arguments or a dict of keyword arguments
+             whole_heads:bool=False, # Are attention heads channels, instead of what is in them?
             ): # A `Rehearsal`, or in one sentence why there can be none
     "The strictest rehearsal that `model` is capable of"
     for dtype,generic in ((torch.float64,True), (None,True), (None,False)):
-        try: res = Rehearsal(model, xb, dtype, generic)
+        try: res = Rehearsal(model, xb, dtype, generic, whole_heads)
         except Exception as e: res = f"the model can't be run on the example: {type(e).__name__}: {e}"  # models raise anything
         else:
             if not any(o.isnan().any() for o in res.outputs[False]): return res.tracer.refused or res

@@ -85,7 +85,7 @@ def _ordered(t, a, outs): return _along(t, a, outs, t.where)
 @_rule('_reshape_alias', '_unsafe_view', 'squeeze', 'unsqueeze', 'view')
 def _reshaped(t, a, outs):
     if a.self.numel()!=outs[0].numel() or not a.self.numel(): raise Unclear
-    return [reshape(t.axes(a.self), outs[0].shape)]
+    return [reshape(t.axes(a.self), outs[0].shape, t.heads)]
 
 @_rule('as_strided')
 def _restrided(t, a, outs):

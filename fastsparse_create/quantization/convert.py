@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from fastai.torch_core import no_random
 from torch import nn,Tensor
+from ..attention import leave_shortcuts_
 from ..distributed import *
 from ..masking import *
 from ..masking import _check_fit,_load_state
@@ -120,7 +121,7 @@ def mean_ranges_(model:nn.Module):
 # %% ../../nbs/09d_quantization.convert.ipynb #50f8088e
 def _finish(model):
     "What a model needs when its layers are quantized"
-    with no_shortcuts(model, keep=True): pass
+    leave_shortcuts_(model)
     if any('calls' in m.__dict__ for m in model.modules()) and reset_calls not in model._forward_pre_hooks.values(): model.register_forward_pre_hook(reset_calls)
 
 @torch.inference_mode(False) # buffers of inference can't be trained

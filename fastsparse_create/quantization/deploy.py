@@ -12,6 +12,7 @@ import torch,torch.nn.functional as F
 from collections import Counter
 from copy import deepcopy
 from torch import nn,Tensor
+from ..attention import PlainMultiheadAttention
 from ..masking import *
 from .convert import *
 from .core import *
@@ -207,7 +208,7 @@ def _replace(norm, cls, **buffers):
 
 @torch.no_grad()
 def _deploy_attention(layer):
-    weights = [layer.in_proj_weight.chunk(3)[i] if layer._qkv_same_embed_dim else getattr(layer, f'{n}_proj_weight') for i,n in enumerate('qkv')]
+    weights = [PlainMultiheadAttention._in_weight(layer, i) for i in range(3)]
     _deploy_weights(layer.out_proj, inputs=layer.out_proj.constants.get('input'))
     layer.__class__ = Int8MultiheadAttention
     for i,w in enumerate(weights):

@@ -13,6 +13,7 @@ __all__ = ['observing', 'quantized_types', 'encode_scheme', 'decode_scheme', 'qu
 import torch,torch.nn.functional as F
 from contextlib import nullcontext
 from torch import nn,Tensor
+from ..attention import *
 from .core import *
 
 # %% ../../nbs/09b_quantization.layers.ipynb #5b1d4e84
@@ -131,20 +132,10 @@ class QuantEmbedding(QuantizedLayer, nn.Embedding):
         return quantize_weight(rows.view(-1, self.embedding_dim), args).view_as(rows) if args else rows
 
 # %% ../../nbs/09b_quantization.layers.ipynb #0b94eacb
-class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
+class QuantMultiheadAttention(QuantizedLayer, PlainMultiheadAttention):
     "`nn.MultiheadAttention` with fake quantization of its projections"
-    def forward(self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True, is_causal=False):
-        if is_causal and attn_mask is None: raise ValueError("MultiheadAttention: is_causal is a hint that needs an attn_mask")
-        with full_precision(query):
-            q,k,v = (self._heads(x) for x in self._project(query, key, value))
-            mask = self._merged(attn_mask, key_padding_mask, q)
-            p = self.dropout if self.training else 0.
-            if need_weights: out,weights = self._weighted(q, k, v, mask, p)
-            else: out,weights = F.scaled_dot_product_attention(q, k, v, mask, p),None
-            out = self.out_proj(self._joined(out, query.ndim==3))
-        if weights is None: return out,None
-        if average_attn_weights: weights = weights.mean(1)
-        return out,weights if query.ndim==3 else weights.squeeze(0)
+    def forward(self, query, *args, **kwargs):
+        with full_precision(query): return super().forward(query, *args, **kwargs)
 
     def _project(self, query, key, value):
         "Queries, keys and values; what is one tensor is quantized once"
@@ -152,41 +143,16 @@ class QuantMultiheadAttention(QuantizedLayer, nn.MultiheadAttention):
         inputs = {r:self._input(x, r) for r,x in dict(zip(rows, (query,key,value))).items()}
         return [self._projected(i, inputs[r]) for i,r in enumerate(rows)]
 
-    def _projected(self, i, x):
-        bias = self.in_proj_bias
-        return F.linear(x, self._in_weight(i), None if bias is None else in_float(bias.chunk(3)[i]))
+    def _projected(self, i, x): return F.linear(x, self._in_weight(i), in_float(self._in_bias(i)))
 
     def _in_weight(self, i):
-        w = in_float(self.in_proj_weight.chunk(3)[i] if self._qkv_same_embed_dim else getattr(self, f'{"qkv"[i]}_proj_weight'))
+        w = in_float(super()._in_weight(i))
         return quantize_weight(w, self.scheme.weights) if self.scheme.weights else w
-
-    def _heads(self, x):
-        "`(batch, heads, length, size)`"
-        x = x[None] if x.ndim==2 else x if self.batch_first else x.transpose(0, 1)
-        return x.unflatten(-1, (self.num_heads,-1)).transpose(1, 2)
-
-    def _joined(self, x, is_batched):
-        x = x.transpose(1, 2).flatten(2)
-        return x[0] if not is_batched else x if self.batch_first else x.transpose(0, 1)
-
-    def _merged(self, attn_mask, key_padding_mask, q):
-        "What is added to the scores"
-        masks = []
-        if attn_mask is not None: masks.append(_additive(attn_mask, q).unflatten(0, (-1,self.num_heads)) if attn_mask.ndim==3 else _additive(attn_mask, q))
-        if key_padding_mask is not None: masks.append(_additive(key_padding_mask, q).view(-1, 1, 1, key_padding_mask.shape[-1]))
-        return sum(masks) if masks else None
-
-    def _weighted(self, q, k, v, mask, p):
-        scores = q@k.transpose(-2, -1)*q.shape[-1]**-.5
-        weights = F.dropout((scores if mask is None else scores+mask).softmax(-1), p)
-        return weights@v,weights
-
-def _additive(mask, like): return mask.to(like) if mask.is_floating_point() else torch.zeros_like(mask, dtype=like.dtype).masked_fill_(mask, -torch.inf)
 
 # %% ../../nbs/09b_quantization.layers.ipynb #e6ae8e7f
 quantized_types = {nn.Linear:QuantLinear, nn.modules.linear.NonDynamicallyQuantizableLinear:QuantLinear, nn.Conv1d:QuantConv1d, nn.Conv2d:QuantConv2d, nn.Conv3d:QuantConv3d,
                    nn.ConvTranspose1d:QuantConvTranspose1d, nn.ConvTranspose2d:QuantConvTranspose2d, nn.ConvTranspose3d:QuantConvTranspose3d,
-                   nn.Embedding:QuantEmbedding, nn.MultiheadAttention:QuantMultiheadAttention}
+                   nn.Embedding:QuantEmbedding, nn.MultiheadAttention:QuantMultiheadAttention, PlainMultiheadAttention:QuantMultiheadAttention}
 
 def why_not_quantized(module:nn.Module)->str:
     "Why the class of a layer can't be exchanged; empty if it can"
