@@ -995,6 +995,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                                      'fastsparse_create/callback/structured.py'),
                                                        'fastsparse_create.callback.structured.StructuredPruningModifier.update': ( 'callback.structured.html#structuredpruningmodifier.update',
                                                                                                                                    'fastsparse_create/callback/structured.py'),
+                                                       'fastsparse_create.callback.structured._check_criterion': ( 'callback.structured.html#_check_criterion',
+                                                                                                                   'fastsparse_create/callback/structured.py'),
                                                        'fastsparse_create.callback.structured._check_param_groups': ( 'callback.structured.html#_check_param_groups',
                                                                                                                       'fastsparse_create/callback/structured.py'),
                                                        'fastsparse_create.callback.structured._dim_of': ( 'callback.structured.html#_dim_of',

@@ -395,6 +395,15 @@ def test_sparsities_of_groups_follow_the_schedule():
     assert note.notes[::2]==[0,3,6,9,12,12]  # 4 batches an epoch
     assert not violations(learn.model, learn.opt)
 
+@pytest.mark.parametrize('criterion', ['magnitude','random',lambda param, **_: -param.abs()])
+def test_channels_are_chosen_by_the_criterion(criterion):
+    learn = tiny_learner(lr=0.)
+    f = dict(magnitude=magnitude, random=random_scores).get(criterion, criterion)
+    groups = channel_groups(learn.model, torch.randn(2, 4))
+    lowest = [group_scores(g, learn.model, f).argsort()[:8] for g in groups]
+    learn.fit(1, cbs=StructuredPruningModifier(.5, .5, 0, 1, 1, criterion=criterion))
+    for g,lost in zip(groups, lowest): assert (~learn.model.get_buffer(f'{g.layers[0]}.weight_mask').any(1)).nonzero().flatten().tolist()==sorted(lost.tolist())
+
 def test_masks_cover_all_that_belongs_to_a_channel():
     learn = tiny_learner(convnet(), shape=(3,8,8))
     learn.fit(1, cbs=StructuredPruningModifier(.5, .5, 0, 1, 1))
@@ -410,7 +419,8 @@ def test_listed_groups():
     assert torch.equal(a.any(1), b.any(1)) and a.any(1).sum()==8 and 'weight_mask' not in dict(learn.model[4].named_buffers())
 
 @pytest.mark.parametrize('kwargs,word', [(dict(param_groups=[['0.weight'],['0.weight']]),'more than once'), (dict(mask_type='block4'),'mask_type'), (dict(budget='time'),'budget'),
-                                         (dict(param_groups=[['0.weight']], budget='flops'),'param_groups'), (dict(final_sparsity=1.5),'final_sparsity')])
+                                         (dict(param_groups=[['0.weight']], budget='flops'),'param_groups'), (dict(criterion='magnitud'),"did you mean 'magnitude'"),
+                                         (dict(criterion=gradient),'no gradients when channels are chosen'), (dict(criterion=lambda p: p),'add \\*\\*_'), (dict(final_sparsity=1.5),'final_sparsity')])
 def test_arguments(kwargs, word):
     with pytest.raises((ValueError,TypeError), match=word): StructuredPruningModifier(**{**dict(init_sparsity=0., final_sparsity=.5, start_epoch=0, end_epoch=1, update_frequency=1), **kwargs})
 

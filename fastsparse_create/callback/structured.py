@@ -15,6 +15,7 @@ from fastai.callback.tracker import TrackerCallback
 from .core import *
 from .pruning import *
 from ..channels import *
+from ..criteria import *
 from ..distributed import *
 from ..masking import *
 from ..permutation.graph import Place
@@ -78,16 +79,18 @@ class StructuredPruningModifier(NeedsExample, GMPruningModifier):
                  budget:str='channels', # What a sparsity is a share of: each group's `channels`, or the model's `flops`
                  share:str='global', # Who gives up channels for a budget of FLOPs: all compete, `global`, or each group gives up the same share, `uniform`
                  round_to:int=1, # Leave multiples of so many channels; integer kernels are fastest with 8 or 16
+                 criterion='magnitude', # What a weight is worth: `magnitude`, `random` to compare with, or a function `(param, **_) -> scores`, see `criteria`
                 ):
         super().__init__(init_sparsity, final_sparsity, start_epoch, end_epoch, update_frequency, params, leave_enabled, inter_func, mask_type)
         check_number(self, 'init_sparsity', init_sparsity, 0, 1), check_number(self, 'final_sparsity', final_sparsity, 0, 1, is_open=True)
         check_choice(self, 'mask_type', mask_type, ['filter','channel'])
         check_choice(self, 'budget', budget, ['channels','flops'])
         check_choice(self, 'share', share, ['global','uniform'])
+        _check_criterion(self, criterion)
         if param_groups is not None: _check_param_groups(param_groups)
         if param_groups is not None and budget=='flops': raise ValueError("StructuredPruningModifier: budget 'flops' needs groups from the model's graph, leave param_groups out")
         if check_number(self, 'round_to', round_to, 1)!=int(round_to): raise ValueError(f"StructuredPruningModifier: round_to must be a whole number, got {round_to!r}")
-        self.param_groups,self.budget,self.share,self.round_to = param_groups,budget,share,int(round_to)
+        self.param_groups,self.budget,self.share,self.round_to,self.criterion = param_groups,budget,share,int(round_to),criterion
 
     def reset(self):
         super().reset()
@@ -167,12 +170,19 @@ class StructuredPruningModifier(NeedsExample, GMPruningModifier):
         return res
 
     def _ranking(self):
-        scores = [group_scores(g, self.model) for g in self._groups]
+        scores = [group_scores(g, self.model, _criteria.get(self.criterion, self.criterion)) for g in self._groups]
         masks = {p.name:p.mask for p in self._params if isinstance(p, MaskedParam)}
         for g,s in zip(self._groups, scores): s[_masked_channels(g, masks)] = -1.
         return ChannelRanking(self._groups, scores, self.share, self.round_to, sizes=self._sizes())
 
     def _sizes(self): return [self._full[tuple(g.layers)] for g in self._groups]
+
+_criteria = dict(magnitude=magnitude, random=random_scores)
+
+def _check_criterion(owner, criterion):
+    if not callable(criterion): return check_choice(owner, 'criterion', criterion, _criteria)
+    check_criterion(type(owner).__name__, 'criterion', criterion, ['grad','generator'])
+    if criterion is gradient: raise ValueError(f"{type(owner).__name__}: criterion: there are no gradients when channels are chosen, between two steps; prune_channels_ takes it, after loss.backward()")
 
 def _masked_channels(group, masks):
     "Which channels of a group are masked in all of their places?"
