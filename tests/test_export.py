@@ -1,5 +1,5 @@
 "Files of a model say what the model says: sparse ones bit for bit, ONNX ones as far as they were checked, or there is no file"
-import json,subprocess,sys,warnings,pytest
+import json,shutil,subprocess,sys,warnings,pytest
 from copy import deepcopy
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -472,6 +472,13 @@ def test_the_integer_file_is_small_and_agrees(deployed):
     _,_,dense,int8 = deployed
     assert int8.size<.28*dense.size and int8.int8 and int8.rel_rms<.03 and int8.margin<.1
 
+@pytest.mark.parametrize('n', [1,7,32])
+def test_one_integer_file_for_all_batch_sizes(deployed, n):
+    model,x,_,int8 = deployed
+    x = x.repeat(2, 1, 1, 1)[:n]
+    with torch.no_grad(): expected = model(x)
+    assert (OnnxModel(int8)(x)-expected).square().mean()<.03**2*expected.square().mean()
+
 def test_zeros_are_zeros_in_the_integer_file(deployed):
     import onnx
     model,_,_,int8 = deployed
@@ -510,6 +517,13 @@ def test_quantize_qat_export_wants_the_model(tmp_path):
     with pytest.raises(ValueError, match='no Learner that can be loaded'): quantize_qat_export(tmp_path/'b.pkl', tmp_path/'f.onnx')
 
 # --- benchmark ---
+
+@pytest.mark.skipif(shutil.which('g++') is None and shutil.which('c++') is None, reason='torch.compile needs a C++ compiler')
+def test_benchmark_of_a_compiled_model():
+    torch._dynamo.reset()
+    model = small().train()
+    res = benchmark({'eager':model, 'other':small()}, torch.randn(2,3,16,16), n_rounds=2, compiled=True)
+    assert [r.model for r in res.rows]==['eager','other','eager, compiled'] and model.training
 
 def test_benchmark(tmp_path):
     model,x = mlp(),torch.randn(3,4)

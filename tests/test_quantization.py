@@ -253,6 +253,20 @@ def test_compiled():
     got = torch.compile(model, backend='aot_eager')(x).detach()
     assert (got-expected).norm()<=.02*expected.norm()
 
+@pytest.mark.parametrize('backend', ['eager','aot_eager'])
+def test_a_compiled_model_is_quantized_in_the_midst_of_a_fit(backend):
+    torch._dynamo.reset()
+    learn = learner(n=64)
+    raw,before = learn.model,copy.deepcopy(learn.model)
+    learn.model = torch.compile(raw, backend=backend)
+    learn.fit(2, 1e-3, cbs=QuantizationModifier(1.))
+    assert is_quantized(raw) and not any(p.equal(q) for p,q in zip(raw.parameters(), before.parameters()))
+    with torch.no_grad(): compiled,expected = learn.model.eval()(x),raw.eval()(x)
+    assert (compiled-expected).norm()<=.02*expected.norm()
+    plain = learner(n=64)
+    plain.fit(2, 1e-3, cbs=QuantizationModifier(1.))
+    with torch.no_grad(): assert (plain.model.eval()(x)-expected).norm()<=.1*expected.norm()
+
 def test_switch_in_a_compiled_model():
     model = net()
     compiled = torch.compile(model, backend='eager')
