@@ -165,6 +165,8 @@ class StructuredPruningModifier(NeedsExample, GMPruningModifier):
             if n>0: res[g] = order[:n].sort().values
         return res
 
+    def _warn_of_minimum(self): "Each group keeps a channel"
+
     def _ranking(self):
         scores = [group_scores(g, self.model) for g in self._groups]
         masks = {p.name:p.mask for p in self._params if isinstance(p, MaskedParam)}
