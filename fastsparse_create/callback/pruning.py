@@ -59,7 +59,7 @@ class PruningModifier(Modifier, abstract=True):
                   masks:list, # A mask for each of the pruner's parameters
                  ):
         "Replace the masks, zero what they mask, and clear the optimizer's memory of it"
-        attach_masks(self.model, self._names)  # a pruner that ended may have let them go
+        attach_masks(self.model, [n for n in self._names if n in named_sites(self.model)])  # a pruner that ended may have let them go; layers may be out
         for p,mask in zip(self._params, masks): p.rewire(mask, self.opt)
         self.learn.mask_enforcer.refresh()
         self._warn_of_minimum()
