@@ -59,6 +59,7 @@ def _parser():
         description='Prune and quantize a trained model (--model: a file, or a folder of language) by a few hundred examples of its data, without training, and compare the two.')
     _common(one_shot, '0: nothing; below 0.3: INT8; 0.3 to 1: INT8 and 40%% to 80%% sparse')
     one_shot.add_argument('--target', help='where the model is to run. any: zeros anywhere and INT8, a small file; gpu: two of each four weights zero (2:4) and INT8 (default: any)')
+    one_shot.add_argument('--resume', help=argparse.SUPPRESS)  # to say why not
     return top,commands.choices
 
 # %% ../nbs/45_cli.ipynb #66159951
@@ -97,6 +98,7 @@ def main(argv:list=None, # Arguments; default: those of the process
         missing = _options(n for n in ('use_case','model','data') if n not in args)
         if missing: parser.error(f"the following arguments are required: {missing}")
         args['command'] = shlex.join(['fastsparse.run', *argv])
+    elif command=='one-shot': parser.error("--resume goes on with a training, and one-shot has none; give the folder to the command that made it")
     elif others := _options(n for n in args if n not in ('model','teacher')): parser.error(f"--resume goes on with what its folder says; leave out {others}")
     logging.basicConfig(level=logging.ERROR if quiet else logging.INFO, format='%(message)s')
     shows_bars = sys.stdout.isatty() and not quiet

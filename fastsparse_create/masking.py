@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['logger', 'n_kept', 'kept_positions', 'mask_changes', 'mask_tensors', 'MaskedParam', 'masked_params', 'fitting_params',
            'attach_masks', 'enforce', 'gradients_managed', 'set_mask', 'apply_masks', 'measured_sparsity',
-           'optimizer_slots', 'mask_optimizer', 'stop_enforcing', 'make_permanent', 'masks_from_zeros',
-           'masks_from_file', 'sparse_kaiming_', 'keep_variance_']
+           'minimum_kept', 'warn_of_minimum', 'optimizer_slots', 'mask_optimizer', 'stop_enforcing', 'make_permanent',
+           'masks_from_zeros', 'masks_from_file', 'sparse_kaiming_', 'keep_variance_']
 
 # %% ../nbs/05_masking.ipynb #4a49cbc4
 import math,numpy as np,torch
@@ -272,6 +272,22 @@ def measured_sparsity(model:nn.Module, # Any model
     sites = masked_params(model) if params is None else list(select(model, params).values())
     zeros = sum(s.param.numel()-s.param.count_nonzero() for s in sites)
     return float(zeros)/max(1,sum(s.param.numel() for s in sites))
+
+def minimum_kept(p, # `MaskedParam` or `SparseParam`
+                 mask_type, # A mask type
+                )->int: # 0 for a pattern that leaves enough by itself, and for a function of one's own
+    "How many weights `mask_type` leaves of `p` where a sparsity below 1 would leave none"
+    return mask_type.minimum(outputs_first(p, p.mask).shape) if isinstance(mask_type, MaskType) else 0
+
+def warn_of_minimum(owner:str, # Who has set the masks, for the message
+                    params:list, # `MaskedParam`s
+                    mask_type, # A mask type
+                   )->list: # Their names
+    "Say which parameters keep no more than the minimum"
+    few = [p for p in params if p.n_kept<=minimum_kept(p, mask_type)<p.numel]
+    left = ', '.join(f'{p.name} ({p.n_kept} of {p.numel} weights)' for p in few)
+    if few: logger.warning(f"{owner}: no more than the minimum is left of {left}: a lower sparsity, or params without it, would leave more")
+    return [p.name for p in few]
 
 # %% ../nbs/05_masking.ipynb #c05338cc
 def optimizer_slots(opt, # fastai or PyTorch optimizer

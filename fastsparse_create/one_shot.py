@@ -207,6 +207,7 @@ class _OneShot:
         masked = attach_masks(self.model, list(self.masks))
         for param,twin in self.changed: param.data.copy_(twin)
         for p in masked: set_mask(p, self.masks[p.name])
+        warn_of_minimum('prune_one_shot_', masked, self.calculator)
 
 def _add(moments, module, x, y):
     "A few items at a time: the patches of a convolution are many times its inputs"

@@ -35,7 +35,7 @@ def sparsify_model(model, # Model, or `Learner`
                    reinit:bool=False, # Draw the weights anew, see `sparse_kaiming_`?
                    seed:int=0, # Seed of random criteria and of `reinit`; the global generators are not touched
                   )->list: # A hook for each masked parameter, with `remove()`; empty if `enforce_masks=False`
-    "Mask a share of the weights of a model, exactly `round(numel*sparsity)` in each parameter"
+    "Mask a share of the weights of a model, exactly `round(numel*sparsity)` in each parameter, but below a sparsity of 1 never all of them"
     learn,model = (model,model.model) if hasattr(model, 'add_cb') else (None,model)
     check_criterion('sparsify_model', 'sparse_init_f', sparse_init_f, []), check_criterion('sparsify_model', 'criterion', criterion, ['generator'])
     if 'grad' in inspect.signature(criterion).parameters: raise ValueError(f"sparsify_model: there are no gradients yet for the criterion {getattr(criterion, '__name__', criterion)!r}")
@@ -48,6 +48,7 @@ def sparsify_model(model, # Model, or `Learner`
     for p,mask in zip(masked, masks):
         set_mask(p, mask)
         if reinit: sparse_kaiming_(p.param, mask, seeded(seed, 'weight', p.name), output_dim=int(outputs_first(p, mask) is not mask))
+    warn_of_minimum('sparsify_model', masked, calculator)
     if learn is not None: _enforce_in(learn, masked)
     return [MaskHook(model, p) for p in masked] if enforce_masks else []
 

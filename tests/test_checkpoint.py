@@ -96,6 +96,13 @@ cases = dict(
     qat           = lambda: [GMPruningModifier(.05, .8, 0., 2., .5), QuantizationModifier(start_epoch=1.5, disable_quantization_observer_epoch=3, freeze_bn_stats_epoch=3)],
     thinned       = lambda: [StructuredPruningModifier(0., .5, start_epoch=0., end_epoch=2., update_frequency=.5), LayerThinningModifier(update_epochs=[2.])],
     thinned_qat   = lambda: [StructuredPruningModifier(0., .5, start_epoch=0., end_epoch=1., update_frequency=.5), LayerThinningModifier(update_epochs=[1.]), QuantizationModifier(start_epoch=2.)],
+    without_layer = lambda: [LayerPruningModifier('3', .5)],
+    put_back      = lambda: [LayerPruningModifier(['3','re:4'], .5, 2.75)],
+    without_masked= lambda: [GlobalMagnitudePruningModifier(.05, .8, 0., 3., .25), LayerPruningModifier('3', .75, 2.75)],
+    without_some  = lambda: [LayerPruningModifier('3', .5, 2.75), LayerPruningModifier('4', 1.), TrainableParamsModifier(['3.weight'], False, start_epoch=.25)],
+    without_qat   = lambda: [LayerPruningModifier('3', 1., 3.), GMPruningModifier(.05, .8, 0., 2., .5), QuantizationModifier(start_epoch=.5, disable_quantization_observer_epoch=3.5)],
+    qat_without   = lambda: [LayerPruningModifier('3', .5, 3.), QuantizationModifier(start_epoch=1.)],
+    thinned_out   = lambda: [StructuredPruningModifier(0., .5, start_epoch=0., end_epoch=1., update_frequency=.5), LayerThinningModifier(update_epochs=[1.]), LayerPruningModifier('3', 1.25, 3.)],
     set_lr        = lambda: [SetLearningRateModifier(.02, start_epoch=1.5)],
     weight_decay  = lambda: [SetWeightDecayModifier(.1, start_epoch=1.)],
     trainable     = lambda: [TrainableParamsModifier(['0.weight'], False, start_epoch=1., end_epoch=2.)],
@@ -139,6 +146,58 @@ def test_fine_tune(tmp_path):
         again = make(path)
         fit(again, [*modifiers(), CheckpointCallback('cp', 1, resume=True)])
         assert same(state_of(expected), state_of(again)), (fits,at)
+
+@pytest.mark.parametrize('ends', [-1.,3.5])
+@pytest.mark.parametrize('starts', [.5,2.5])
+def test_fine_tune_without_a_layer(starts, ends, tmp_path):
+    "What is pruned in the second fit, all together, doesn't know of a layer that went in the first"
+    modifiers = lambda: [LayerPruningModifier('3', starts, ends), GlobalMagnitudePruningModifier(.05, .8, 0., 4., .25)]
+    def fit(learn, cbs): learn.fine_tune(2, .05, freeze_epochs=2, cbs=cbs)
+    def make(path): return tiny_learner(conv_net(), dls=learner(path).dls, path=path, splitter=lambda m: [params(m[:3]), params(m[3:])])
+    expected = make(tmp_path/'whole')
+    fit(expected, modifiers())
+    for at in (2,9,13,16,22):
+        class Stop(Callback):
+            order = 100
+            def before_fit(self): self.n = getattr(self, 'n', 0)
+            def after_batch(self):
+                self.n += self.training
+                if self.n==at: raise Stopped('stopped')
+        path = tmp_path/str(at)
+        with pytest.raises(Stopped): fit(make(path), [*modifiers(), CheckpointCallback('cp', 1), Stop()])
+        again = make(path)
+        fit(again, [*modifiers(), CheckpointCallback('cp', 1, resume=True)])
+        assert same(state_of(expected), state_of(again)), at
+        assert isinstance(again.model[3], nn.Identity if ends<0 else nn.Conv2d)
+
+class Average(Callback):
+    "As extensions of fastai keep it"
+    run_valid = False
+    def before_fit(self): self.ema_model = deepcopy(self.learn.model)
+    def after_step(self):
+        with torch.no_grad():
+            for (n,a),(m,p) in zip(self.ema_model.named_parameters(), self.learn.model.named_parameters()):
+                assert n==m
+                a.lerp_(p, .1)
+
+@pytest.mark.parametrize('at', [8,15,20])
+def test_averages_without_a_layer(at, tmp_path):
+    averages = []
+    def cbs():
+        averages.append(Average())
+        return [averages[-1], *cases['put_back']()]
+    assert_goes_on(cbs, at, tmp_path)
+    assert same(averages[0].ema_model.state_dict(), averages[-1].ema_model.state_dict()) and len(averages)==3
+
+def test_of_another_model_is_said_of_layers_that_are_out(tmp_path):
+    "Before anything changes"
+    with pytest.raises(Stopped): one_cycle(learner(tmp_path), [LayerPruningModifier('3', .5, 3.), CheckpointCallback('cp', 1), StopAfter(9)])
+    for make,said in ((lambda: nn.Sequential(*conv_net()[:3], nn.Conv2d(16,16,1), *conv_net()[4:]), r'3.weight is of shape \(16, 16, 3, 3\), in this model of \(16, 16, 1, 1\)'),
+                      (lambda: nn.Sequential(*conv_net()[:3], nn.Identity(), *conv_net()[4:]), 'only the checkpoint has 3.weight')):
+        again = learner(tmp_path, model=make)
+        before = weights(again.model)
+        with pytest.raises(ValueError, match=f'another model: {said}'): one_cycle(again, [LayerPruningModifier('3', .5, 3.), CheckpointCallback('cp', 1, resume=True)])
+        assert same(before, weights(again.model))
 
 def test_a_finished_fit_is_there(tmp_path):
     a = learner(tmp_path)

@@ -78,10 +78,27 @@ def test_resume_of_something_else(spoil, said, tmp_path, capsys):
     spoil(tmp_path)
     assert said in refused(capsys, '--resume', tmp_path)
 
-@pytest.mark.parametrize('text', ['[]','{"use_case": 5, "model": "squeezenet1_1", "data": "digits"}','['*100_000,json.dumps({**kwargs, 'seed':'x'}),json.dumps({**kwargs, 'recipe':5}),json.dumps({**kwargs, 'teacher':['x.pkl']})])
+@pytest.mark.parametrize('text', ['[]','{"use_case": 5, "model": "squeezenet1_1", "data": "digits"}','['*100_000,json.dumps({**kwargs, 'seed':'x'}),json.dumps({**kwargs, 'recipe':5}),json.dumps({**kwargs, 'kind':True}),json.dumps({**kwargs, 'kind':'a; b'}),json.dumps({**kwargs, 'teacher':['x.pkl']})])
 def test_resume_of_damaged_arguments(text, tmp_path, capsys):
     (tmp_path/'arguments.json').write_text(text)
     assert 'is damaged' in refused(capsys, '--resume', tmp_path)
+
+@pytest.mark.parametrize('made,other', [(TrainingAware,SparseTransfer),(SparseTransfer,TrainingAware)])
+def test_resume_by_another_command(made, other, tmp_path, capsys, monkeypatch, whole):
+    "Before anything is read or written, in a sentence with the command that goes on"
+    monkeypatch.setattr('fastsparse_create.callback.checkpoint.CheckpointCallback._check', lambda *args: pytest.fail('a training began'))
+    exp = made(**{**kwargs, 'model':str(whole/'model.pth')}, working_dir=tmp_path)
+    exp.folder = exp._begin()
+    exp._note_arguments()
+    before = {f:f.read_bytes() for f in exp.folder.rglob('*')}
+    mine,its = (c.kind.replace('_', '-') for c in (other,made))
+    assert refused(capsys, '--resume', exp.folder, command=mine)==f'fastsparse.run {mine}: {exp.folder}: was made by {its}, go on by: fastsparse.run {its} --resume {exp.folder}'
+    with pytest.raises(ValueError, match=f'was made by {its}'): other.resumed(exp.folder)
+    assert {f:f.read_bytes() for f in exp.folder.rglob('*')}==before and list(tmp_path.iterdir())==[exp.folder]
+    assert type(made.resumed(exp.folder)) is made
+
+def test_one_shot_resumes_nothing(tmp_path, capsys):
+    assert refused(capsys, '--resume', tmp_path, command='one-shot')=='fastsparse.run one-shot: --resume goes on with a training, and one-shot has none; give the folder to the command that made it'
 
 class Trace:
     "A pickle of it makes a file when it is opened"

@@ -293,11 +293,11 @@ def test_another_learning_rate_is_told(lr, warns, caplog):
     sparsify.create.initialize(model, torch.optim.SGD(model.parameters(), lr=lr), n_iter)
     assert ('in place of the optimizer' in caplog.text)==warns
 
-def test_emptied_layers_are_told(caplog):
+def test_collapsing_layers_are_told(caplog):
     model = net()
     manager,opt = sparsify.create.initialize(model, sgd(model), n_iter, recipe_variables=dict(sparsity=.995, num_epochs=2, params='__ALL_PRUNABLE__', global_sparsity=False))
     train(model, opt, 2)
-    assert caplog.text.count('no weight is left in 5.weight')==1
+    assert caplog.text.count('no more than the minimum is left of 5.weight (1 of 64 weights)')==1 and n_zeros(model)['5.weight']==63
 
 def test_small_layers_are_not_cut_off():
     model = net()

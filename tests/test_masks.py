@@ -5,6 +5,7 @@ from hypothesis.extra import numpy as hnp
 from fastsparse_create.masks.core import *
 from fastsparse_create.masks.core import _top_cuda
 from fastsparse_create.masks.structured import *
+from fastsparse_create.masks.nm import *
 
 fast = settings(max_examples=150)
 sparsities = st.one_of(st.floats(0, 1), st.sampled_from([0.,.25,.5,.75,1.]))
@@ -20,6 +21,10 @@ def picture(text):
 
 def n_masked(mask): return (~mask).sum().item()
 
+def promised(n, sparsity):
+    "Zeros among `n`: below a sparsity of 1 one stays"
+    return n if sparsity==1 else min(round(n*sparsity), max(0, n-1))
+
 def obvious(flat, n_keep):
     "The slow and obvious way: highest first, among equals the first"
     kept = set(sorted(range(len(flat)), key=lambda i: (-flat[i],i))[:n_keep])
@@ -33,8 +38,8 @@ def test_exact_count_lowest_first_ties_by_index(x, sparsity):
     before = x.clone()
     mask = Unstructured()(x, sparsity)
     assert mask.dtype==torch.bool and mask.shape==x.shape and x.equal(before)
-    assert n_masked(mask)==round(x.numel()*sparsity)
-    assert mask.flatten().equal(obvious(x.flatten().tolist(), x.numel()-round(x.numel()*sparsity)))
+    assert n_masked(mask)==promised(x.numel(), sparsity)
+    assert mask.flatten().equal(obvious(x.flatten().tolist(), x.numel()-promised(x.numel(), sparsity)))
 
 @fast
 @given(scores(), sparsities, sparsities)
@@ -77,12 +82,13 @@ def test_close_doubles_are_told_apart():
     x = 1+torch.arange(8, dtype=torch.float64)*1e-12
     assert keep_highest(x, 5).tolist()==[False]*5+[True]*3
 
-@pytest.mark.parametrize('numel,sparsity,zeros', [(4,.5,2),(4,1.,4),(4,0.,0),(128,.8,102),(64,.8,51),(5,.5,2),(7,.5,4),(1,.5,0),(0,.5,0)])
+@pytest.mark.parametrize('numel,sparsity,zeros', [(4,.5,2),(4,1.,4),(4,0.,0),(128,.8,102),(64,.8,51),(5,.5,2),(7,.5,4),(1,.5,0),(0,.5,0),
+                                                  (2,.9,1),(4,.99,3),(1,.9,0),(1,1.,1),(0,.9,0),(0,1.,0)])
 def test_number_of_zeros(numel, sparsity, zeros):
-    "Half of an odd number rounds to the even neighbour, as Python's `round`"
+    "Half of an odd number rounds to the even neighbour, as Python's `round`; one is left below a sparsity of 1"
     assert n_zeros(numel, sparsity)==zeros==n_masked(Unstructured()(torch.ones(numel), sparsity))
 
-@pytest.mark.parametrize('sparsity,zeros', [(0,0),(.1,1),(.3125,2),(.4375,4),(.8,6),(.95,8),(1,8)])
+@pytest.mark.parametrize('sparsity,zeros', [(0,0),(.1,1),(.3125,2),(.4375,4),(.8,6),(.95,7),(1,8)])
 def test_counts_of_eight(sparsity, zeros):
     assert n_masked(Unstructured()(torch.tensor([.1,.9,.3,.7,.5,.2,.8,.4]), sparsity))==zeros
 
@@ -115,6 +121,26 @@ def test_selection_is_deterministic_and_uses_no_randomness():
     x = torch.ones(300_000)
     assert Unstructured()(x, .3).equal(Unstructured()(x, .3)) and Unstructured()(x, .3)[:210_000].all()
     assert torch.get_rng_state().equal(state[0]) and str(np.random.get_state())==state[1]
+
+# what stays when a sparsity leaves nothing
+
+@pytest.mark.parametrize('pattern,kept', [('unstructured','.... ..#.'),('[1, 2]','.... ..##'),('block4','.... ####'),('[2, 2]','..## ..##'),('[-1, 1]','..#. ..#.'),
+                                          ('filter','.... ####'),('channel','..#. ..#.'),('constant_fan_in','...# ..#.'),('[2, 4]','#### ####')])
+def test_the_best_group_stays(pattern, kept):
+    "At the highest sparsities one weight, or as many as go together; none if all are to go"
+    x,mask_type = torch.tensor([[1,2,3,4],[1,2,9,1.]]),get_mask_type(pattern)
+    for sparsity in (.9,.99,1-1e-9): assert mask_type(x, sparsity).equal(picture(kept)), sparsity
+    assert mask_type.minimum(x.shape)==picture(kept).sum()
+    assert not mask_type(x, 1.).any()
+
+def test_of_an_incomplete_block_its_weights_stay():
+    x = torch.tensor([[1,1,1,1,9.]])
+    assert get_mask_type('block4')(x, .9).equal(picture('....#')) and get_mask_type('block4').minimum(x.shape)==4
+
+@pytest.mark.parametrize('pattern', ['2:4','1:4','2:4-T','4:2:8'])
+def test_patterns_within_groups_leave_enough(pattern):
+    mask_type = get_mask_type(pattern)
+    assert mask_type(torch.rand(8,8), mask_type.sparsity).any(1).all() and mask_type.minimum(torch.Size((8,8)))==0
 
 # tiles
 
@@ -160,7 +186,7 @@ def test_tiles_are_whole_and_counted_exactly(sizes, sparsity, seed):
     tiles = mask.flatten(2) if kernel else mask[...,None]
     tiles = tiles.unflatten(0, (n_rows,rows)).unflatten(2, (n_cols,cols)).transpose(1,2).flatten(2,3)
     assert (tiles.all(2)==tiles.any(2)).all()
-    assert n_masked(tiles.all(2))==round(tiles.all(2).numel()*sparsity) and mask.shape==x.shape and mask.is_contiguous()
+    assert n_masked(tiles.all(2))==promised(tiles.all(2).numel(), sparsity) and mask.shape==x.shape and mask.is_contiguous()
 
 @pytest.mark.parametrize('name,shape,message', [('[3, 1]',(4,4),'divide'),('[1, 3]',(4,4),'divide'),('[2, 2]',(8,),'dimensions'),('block4',(8,),'dimensions'),
                                                 ('filter',(8,),'dimensions'),('channel',(8,),'dimensions')])
@@ -187,7 +213,7 @@ def test_slices_are_whole_and_counted_exactly(name, dim, x, sparsity):
     mask = get_mask_type(name)(x, sparsity)
     slices = mask.movedim(dim, 0).flatten(1)
     assert (slices.all(1)==slices.any(1)).all() and mask.shape==x.shape and mask.is_contiguous()
-    assert n_masked(slices.all(1))==(round(len(slices)*sparsity) if len(slices)>1 else 0)
+    assert n_masked(slices.all(1))==(promised(len(slices), sparsity) if len(slices)>1 else 0)
 
 def test_only_channel_of_a_depthwise_layer_stays():
     assert get_mask_type('channel')(torch.ones(8,1,3,3), .9).all()
@@ -206,18 +232,20 @@ def test_only_channel_of_a_depthwise_layer_stays_globally(name):
 def test_global_masks_are_those_of_the_concatenation(xs, sparsity):
     masks = global_masks(xs, sparsity)
     assert [m.shape for m in masks]==[x.shape for x in xs] and all(m.dtype==torch.bool for m in masks)
-    assert torch.cat([m.flatten() for m in masks]).equal(Unstructured()(torch.cat([best_first(x.flatten()) for x in xs]), sparsity))
+    flat,n_layers = torch.cat([best_first(x.flatten()) for x in xs]),sum(x.numel()>0 for x in xs)
+    n_zero = len(flat) if sparsity==1 else min(round(len(flat)*sparsity), len(flat)-n_layers)
+    assert torch.cat([m.flatten() for m in masks]).equal(keep_highest(flat, n_zero))
 
 def best_first(x): return x.index_fill(0, torch.tensor(x.numpy().argmax()), math.inf) if len(x) else x
 
 @fast
 @given(st.lists(scores(max_dims=2), min_size=1, max_size=5), sparsities)
 def test_no_layer_is_cut_off(xs, sparsity):
-    "Each layer keeps a weight, if the sparsity leaves that many; what is asked for is exact; what else is kept is better than what isn't"
+    "Each layer keeps a weight; what is asked for is exact, if it leaves that many; what else is kept is better than what isn't"
     masks,n = global_masks(xs, sparsity),sum(x.numel() for x in xs)
     n_kept,n_layers = n-round(n*sparsity),sum(x.numel()>0 for x in xs)
-    assert sum(map(n_masked, masks))==n-n_kept
-    if n_kept<n_layers: return
+    assert sum(map(n_masked, masks))==(n if sparsity==1 else n-max(n_kept, n_layers))
+    if sparsity==1: return
     assert all(m.any() for m in masks if m.numel())
     alone = [m.sum()==1 for m in masks]
     worst = min((x[m].min() for x,m,a in zip(xs, masks, alone) if m.any() and not a), default=math.inf)
@@ -238,9 +266,16 @@ def test_global_masks_differ_among_layers():
     assert sum(map(n_masked, masks))==round(192*.8)
     assert n_masked(masks[0])/128<.8<n_masked(masks[1])/64
 
+@pytest.mark.parametrize('pattern', ['unstructured','filter','[1, 2]'])
 @pytest.mark.parametrize('sparsity', [0.,1.])
-def test_global_extremes(sparsity):
-    assert all(m.all()==(sparsity==0) and m.any()==(sparsity==0) for m in global_masks([torch.rand(3,4), torch.rand(5)], sparsity))
+def test_global_extremes(sparsity, pattern):
+    assert all(m.all()==(sparsity==0) and m.any()==(sparsity==0) for m in global_masks([torch.rand(3,4), torch.rand(5,2)], sparsity, get_mask_type(pattern)))
+
+@pytest.mark.parametrize('pattern,left', [('unstructured',1),('filter',4),('[1, 2]',2)])
+def test_fewer_weights_than_layers(pattern, left):
+    "Each keeps its best group, and nothing else"
+    masks = global_masks([torch.rand(4,4)*10**i for i in range(5)], .98, get_mask_type(pattern))
+    assert [int(m.sum()) for m in masks]==[left]*5
 
 @fast
 @given(st.lists(st.tuples(st.integers(2,5), st.integers(2,5)), min_size=1, max_size=4), sparsities, st.integers(0, 2**31))
@@ -249,7 +284,7 @@ def test_global_filters_miss_the_target_by_less_than_one_filter(shapes, sparsity
     xs = [torch.rand(s, generator=g)+.1 for s in shapes]
     total,target = sum(x.numel() for x in xs),sparsity*sum(x.numel() for x in xs)
     masks = global_masks(xs, sparsity, Slice(0))
-    assert abs(sum(map(n_masked, masks))-min(target, total-sum(s[1] for s in shapes)))<=max(s[1] for s in shapes)+.5  # each keeps one
+    assert abs(sum(map(n_masked, masks))-(total if sparsity==1 else min(target, total-sum(s[1] for s in shapes))))<=max(s[1] for s in shapes)+.5  # each keeps one
     assert all((m.all(1)==m.any(1)).all() for m in masks)
 
 def test_global_blocks_with_tails_miss_the_target_by_less_than_one_block():

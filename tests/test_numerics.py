@@ -112,11 +112,74 @@ def test_extremes(sparsity):
     model(torch.ones(2,4)).sum().backward()
     assert all(p.n_kept==p.numel*(1-sparsity) for p in masked_params(model)) and measured_sparsity(model)==sparsity
 
-def test_a_small_layer_is_told_when_nothing_is_left(caplog):
-    "Within layers a sparsity is a promise, for layers of two weights, too"
-    learn = tiny_learner(nn.Sequential(nn.Linear(4,16), nn.Linear(16,1), nn.Linear(1,2)))
-    learn.fit(2, cbs=GMPruningModifier(.1, .9, 0, 2, .5))
-    assert masked_params(learn.model)[2].n_kept==0 and 'no weight is left in 2.weight' in caplog.text
+def narrow(): return nn.Sequential(nn.Linear(4,16), nn.Linear(16,1), nn.Linear(1,2))
+
+collapsing = dict(local=lambda: GMPruningModifier(.1, .9, 0, 2, .5), from_param=lambda: GMPruningModifier('__FROM_PARAM__', .9, 0, 2, .5), dict=lambda: GMPruningModifier(.1, {.9:['2.weight'], .8:['0.weight','1.weight']}, 0, 2, .5),
+                  glob=lambda: GlobalMagnitudePruningModifier(.1, .98, 0, 2, .5), acdc=lambda: ACDCPruningModifier(.9, 0, 2, .5, global_sparsity=False), movement=lambda: MovementPruningModifier(.1, .9, 0, 2, .5),
+                  obs=lambda: OBSPruningModifier(.1, .9, 0, 2, .5, global_sparsity=False, num_grads=2), mfac=lambda: MFACPruningModifier(.1, .9, 0, 2, .5, num_grads=2),
+                  topkast=lambda: TopKASTPruningModifier(.9, .8, 0, 2, .5, global_sparsity=False), granet=lambda: GraNetPruningModifier(.2, .9, 0, 2, .5, global_sparsity=False),
+                  rigl=lambda: RigL(.9, every=2, sparse_init_f=uniform), set=lambda: SET(.9, every=2, sparse_init_f=uniform, mask_type='constant_fan_in'), srigl=lambda: SRigLPruningModifier(.9, 0, 2, .5, sparsity_strategy='uniform'),
+                  snfs=lambda: SNFS(.9, every=2, sparse_init_f=uniform, fraction=1., schedule='constant', T_end=1.))
+
+@pytest.mark.parametrize('make', collapsing.values(), ids=collapsing)
+def test_no_layer_collapses(make, caplog):
+    "A layer of two weights keeps one at 90 %, and is named once; with a constant fan-in each output keeps an input"
+    learn = tiny_learner(narrow(), n_trn=8)
+    if make is collapsing['glob']:
+        with torch.no_grad(): learn.model[2].weight.mul_(1e-9)
+    learn.fit(3, cbs=make())
+    assert all(p.n_kept for p in masked_params(learn.model)) and not violations(learn.model, learn.opt)
+    assert caplog.text.count('0.weight (16 of 64 weights)' if make in (collapsing['set'],collapsing['srigl']) else '2.weight (1 of 2 weights)')==1
+
+def test_what_is_asked_for_may_be_nothing(caplog):
+    "A function of one's own, and a distribution that wants a layer without weights"
+    model = narrow()
+    sparsify_model(model, .9, sparse_init_f=lambda ps,s: [s,s,1.])
+    assert [p.n_kept for p in masked_params(model)]==[6,2,0] and '2.weight (0 of 2 weights)' in caplog.text
+    learn = tiny_learner(narrow())
+    learn.fit(1, cbs=GMPruningModifier(.1, .5, 0, 1, .5, mask_type=lambda scores,sparsity: scores>9))
+    assert '0.weight (0 of 64 weights)' in caplog.text
+
+@pytest.mark.parametrize('mask_type,left', [('unstructured',1),('[1, 2]',2),('filter',2),('constant_fan_in',4),('[2, 1]',2)])
+def test_small_layers_of_any_pattern_stay(mask_type, left, caplog):
+    model = nn.Sequential(nn.Linear(64,64), nn.Linear(64,2), nn.Linear(2,4))
+    sparsify_model(model, .99, ['0.weight','2.weight'], mask_type=mask_type)
+    assert masked_params(model)[1].n_kept==left and 'sparsify_model: no more than the minimum is left of' in caplog.text and f'2.weight ({left} of 8 weights)' in caplog.text
+
+def test_pruned_once_no_layer_collapses(caplog):
+    model = narrow()
+    prune_one_shot_(model, .9, [torch.randn(64,4)])
+    assert [p.n_kept for p in masked_params(model)]==[6,2,1] and 'prune_one_shot_: no more than the minimum is left of 2.weight (1 of 2 weights)' in caplog.text
+
+def test_whole_channels_are_not_told(caplog):
+    "That a group keeps one is its own promise; biases and norms are no layers"
+    learn = tiny_learner(mlp())
+    learn.fit(2, cbs=StructuredPruningModifier(0., .95, 0, 2, 1, params=['0.weight','2.weight']))
+    assert all(p.n_kept for p in masked_params(learn.model)) and 'minimum' not in caplog.text
+
+@pytest.mark.parametrize('mask_type', ['unstructured','block4','[4, 4]','constant_fan_in','filter'])
+def test_no_layer_gives_all_its_connections_away(mask_type):
+    "One layer wants all, and an update exchanges all"
+    learn = tiny_learner(mlp(), n_trn=8)
+    learn.fit(3, cbs=SNFS(.6, every=2, fraction=1., schedule='constant', T_end=1., mask_type=mask_type, params=['0.weight','2.weight'],
+                          redistribute_f=lambda param, mask, **_: torch.full_like(param, float(param.shape[1]==16))))
+    assert len(learn.recorder.mask_updates)>5 and all(p.n_kept>=get_mask_type(mask_type).minimum(p.param.shape) for p in masked_params(learn.model))
+
+@pytest.mark.parametrize('mask_type,is_global', [('unstructured',False),('block4',False),('filter',True),('block4',True)])
+def test_gradients_reach_what_small_layers_keep(mask_type, is_global):
+    learn = tiny_learner(nn.Sequential(nn.Linear(4,16), nn.Linear(16,1), nn.Linear(1,4), nn.Linear(4,1), nn.Linear(1,2)))
+    cb = TopKASTPruningModifier(.9, .9, 0, 2, .5, global_sparsity=is_global, mask_type=mask_type)
+    learn.fit(1, cbs=cb)
+    assert all(p.mask.any() and not (p.mask & ~cb._reach[p.name]).any() for p in masked_params(learn.model))
+
+def test_sparse_layers_begin_with_a_connection():
+    assert SparseLinear(2, 2, sparsity=.99).values.numel()==1 and SparseLinear(2, 2, sparsity=1.).values.numel()==0
+
+def test_going_on_with_what_small_layers_kept():
+    "They have more than their share, which is no other sparsity"
+    learn = tiny_learner(nn.Sequential(nn.Linear(2,32), nn.Linear(32,2)), shape=(2,))
+    for _ in range(2): learn.fit(1, cbs=RigL(.9, every=2, mask_type='constant_fan_in', sparse_init_f=uniform))
+    assert [p.n_kept for p in masked_params(learn.model)]==[32,6]
 
 def test_layers_are_not_cut_off_globally(caplog):
     "The smallest weights, of one layer, but each layer keeps one, and the total is exact"
@@ -125,7 +188,13 @@ def test_layers_are_not_cut_off_globally(caplog):
     learn = tiny_learner(model, lr=0.)
     learn.fit(2, cbs=GlobalMagnitudePruningModifier(.1, .95, 0, 2, .5))
     kept = [p.n_kept for p in masked_params(model)]
-    assert kept[1]==1 and sum(kept)==352-round(.95*352) and 'no weight is left' not in caplog.text
+    assert kept[1]==1 and sum(kept)==352-round(.95*352) and caplog.text.count('2.weight (1 of 256 weights)')==1
+
+def test_fewer_weights_than_layers():
+    "One threshold that leaves two weights for three layers: each keeps its best"
+    learn = tiny_learner(mlp(), lr=0.)
+    learn.fit(2, cbs=GlobalMagnitudePruningModifier(.1, .995, 0, 2, .5))
+    assert [p.n_kept for p in masked_params(learn.model)]==[1,1,1]
 
 # Dtypes and layouts
 

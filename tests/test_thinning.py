@@ -558,6 +558,15 @@ def test_layers_are_left_out_and_put_back():
     learn.fit(3, cbs=[LayerPruningModifier('2', start_epoch=1, end_epoch=2), note])
     assert learn.model[2] is layer and note.notes==['Linear']*4+['Identity']*4+['Linear']*4
 
+def test_nothing_moves_a_layer_that_is_out():
+    "Masks and momentum notwithstanding; what prunes meanwhile goes on with the others"
+    learn = tiny_learner(n_trn=8)
+    layer,note = learn.model[2],Note('after_batch', lambda s: weights(layer))
+    learn.fit(3, cbs=[GMPruningModifier(.3, .8, 0, .5, .25), GMPruningModifier(.1, .8, 1.5, 3, .5, ['0.weight']), LayerPruningModifier('2', start_epoch=1, end_epoch=2), note])
+    assert all(same(note.notes[7], n) for n in note.notes[8:16]) and not same(note.notes[7], note.notes[16])
+    learn.fit(4, cbs=[GMPruningModifier(.8, .9, 0, 3, .5), LayerPruningModifier('2', start_epoch=1, end_epoch=2)])
+    assert abs(measured_sparsity(learn.model)-.9)<.01 and learn.model[2] is layer
+
 def test_layers_that_are_needed_are_refused():
     learn = tiny_learner()
     with pytest.raises(Exception, match="without '0'"): learn.fit(1, cbs=LayerPruningModifier('0'))

@@ -14,13 +14,11 @@ from fastai.callback.schedule import SkipToEpoch
 from .core import *
 from .dynamic import *
 from .state import *
+from .structured import *
 from ..distributed import *
 from ..files import *
 from ..masking import *
-from ..quantization.convert import *
 from ..selection import unwrap_model
-from ..sparse.linear import SparseLinear
-from ..thinning import *
 
 # %% ../../nbs/19_callback.checkpoint.ipynb #0c1f126d
 def _shuffler(dl):
@@ -86,27 +84,14 @@ def _load_recorder(recorder, state, device):
     if state['mask_updates']: recorder.mask_updates = [MaskUpdate(**u) for u in state['mask_updates']]
     for m,s in zip(recorder._train_mets, state['metrics']): vars(m).update(from_data(s, device))
 
-def _shapes(model):
-    "Of all tensors, but those that have the size which they are loaded with"
-    stored = [n for n,m in model.named_modules() if isinstance(m, SparseLinear)]
-    def is_fixed(k): return k.rpartition('.')[0] not in stored or not k.endswith(('values','col_indices'))
-    return {k:v.shape for k,v in model.state_dict().items() if isinstance(v, Tensor) and is_fixed(k)}
-
 def _load_model(learn, state, averages):
-    "Give model and averages the weights of `state`, and the sizes, masks and layers that go with them"
     for model,s in zip([learn.model, *averaged_models(learn)], [state, *averages]):
-        inner = unwrap_model(model)
-        own = inner.state_dict()
-        if any(k in s and s[k].shape!=shape for k,shape in _shapes(inner).items()): thin_like(inner, s)
-        if not is_quantized(inner) and any(k.split('.')[-1]=='quantization' for k in s): quantize_like(inner, s)
-        masks = [k.removesuffix('_mask') for k,v in s.items() if k.endswith('_mask') and v.dtype==torch.bool and k not in own]
-        if masks: attach_masks(inner, masks)
-        try: inner.load_state_dict(s)
+        try: load_like(unwrap_model(model), s)
         except RuntimeError as e: raise ValueError(f"the checkpoint is of another model: {e}") from e
 
 def _why_no_model(model, state, params, thins):
     "Why `_load_model` can't give `model` the weights of `state`, that has these parameters; None if it can"
-    own = {k:v for k,v in _shapes(model).items() if k.split('.')[-1] not in ('quantization','input_range','output_range')}
+    own = {k:v for k,v in fixed_shapes(model).items() if k.split('.')[-1] not in ('quantization','input_range','output_range')}
     mine = dict(model.named_parameters())
     for who,names in (('the checkpoint',[k for k in params if k not in mine]),('this model',[k for k in {**mine, **own} if k not in state])):
         if names: return f"only {who} has {', '.join(names[:3])}{' and others' if len(names)>3 else ''}"
@@ -129,6 +114,10 @@ def _why_no_optimizer(opt, state, kind):
 def _is_kept(cb):
     not_kept = (Recorder,CheckpointCallback,_Resume,TrainEvalCallback,ProgressCallback)
     return not isinstance(cb, not_kept) and type(cb).__name__!='DistributedTrainer'  # fastai has it only where Accelerate is installed
+
+def _without_layers(state):
+    "What each `LayerPruningModifier` has noted: layers that were out when the fit started, and those that are"
+    return [(s['_at_start'],s['_out']) for name,s in state['callbacks'] if name=='LayerPruningModifier']
 
 def _tags(learn):
     "Modifiers as text, without addresses of functions, and with one way to write a number"
@@ -231,8 +220,12 @@ class CheckpointCallback(TrainingCallback):
         self._fits,self._state,self._due = self._fits+1,None,False
         state = self._found()
         if state is None or state['fit']<self._fits: return
-        if state['fit']>self._fits: raise CancelFitException()  # a later fit was the one that was interrupted
+        if state['fit']>self._fits:  # a later fit was the one that was interrupted
+            self._leave_out([names for names,_ in _without_layers(state)])
+            raise CancelFitException()
+        self._leave_out([[] for _ in _without_layers(state)])
         self._check(state)
+        self._leave_out([out['names'] for _,out in _without_layers(state)])
         state = _on_clock(state, len(self.dls.train))
         _load_model(self.learn, state['model'], state['averages'])
         for own,saved in zip(_tags(self.learn), state['modifiers']):
@@ -240,6 +233,15 @@ class CheckpointCallback(TrainingCallback):
         logger.info(f"CheckpointCallback: goes on from epoch {state['epoch']+state['iter']/state['n_iter']:.4g} of {self.n_epoch}")
         self._state = state
         return state
+
+    def _leave_out(self, names):
+        "Let the model be without these layers of each `LayerPruningModifier`, and with its others"
+        for cb,out in zip([cb for cb in self.learn.cbs if isinstance(cb, LayerPruningModifier)], names):
+            if out==cb.left_out: continue
+            if cb.left_out: cb.put_back()
+            lacks = first(n for n in out if n not in dict(unwrap_model(self.learn.model).named_modules()))
+            if lacks: raise ValueError(f"CheckpointCallback: {self.folder}: the checkpoint is of another model: this one has no layer {lacks}")
+            if out: cb.leave_out(out)
 
     @property
     def _rank(self):
@@ -272,8 +274,11 @@ class CheckpointCallback(TrainingCallback):
             is_shared_out = k=='n_iter' and len(state['random'])!=n_processes(self.learn.model)
             if state[k]!=here[k] and not is_shared_out: raise ValueError(f"CheckpointCallback: {self.folder}: the checkpoint was made in a fit of {state[k]} {what}, this one has {here[k]}")
         thins = any(o.startswith('LayerThinningModifier(') for o in own)
-        for model,s in zip([self.learn.model, *averaged_models(self.learn)], [state['model'], *state['averages']]):
-            why = _why_no_model(unwrap_model(model), s, state['notes']['trainable'], thins)
+        for i,(model,s) in enumerate(zip([self.learn.model, *averaged_models(self.learn)], [state['model'], *state['averages']])):
+            out = [o['models'][i] for _,o in _without_layers(state) if o['names']]
+            whole = {k:v for part in (s, *(o['state'] for o in out)) for k,v in part.items()}
+            params = [n for part in (state['notes']['trainable'], *(o['notes']['trainable'] for o in out)) for n in part]
+            why = _why_no_model(unwrap_model(model), whole, params, thins)
             if why: raise ValueError(f"CheckpointCallback: {self.folder}: the checkpoint is of another model: {why}")
         why = _why_no_optimizer(self.learn.opt, state['optimizer'], state['optimizer_kind'])
         if why: raise ValueError(f"CheckpointCallback: {self.folder}: the checkpoint is of another optimizer, {why}")

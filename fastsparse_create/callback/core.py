@@ -64,8 +64,9 @@ class MaskEnforcer(Callback):
         self._is_shared = True
 
     def refresh(self):
-        "Take note of masks that were attached, changed or released"
-        masked = masked_params(self.model)
+        "Take note of masks that were attached, changed or released, and of layers that went"
+        masked,held = masked_params(self.model),set(self.model.parameters())
+        self._released = [p for p in self._released if p in held]
         self._params = [p for p in masked if p.is_enforced]
         self._held = sum(p.mask.numel()-n_kept(p.mask) for p in self._params)/max(1, sum(p.mask.numel() for p in masked))
 
@@ -233,6 +234,13 @@ class Modifier(TrainingCallback):
         while self._plan and self._plan[0][0]<=batch: due = self._plan.pop(0)[1]
         if due is not None: self._last = due
         return due
+
+    def to_note(self)->dict: # Data, by names of attributes
+        "What a checkpoint holds of it that no attribute does"
+        return {}
+
+    def go_on(self):
+        "Called where a fit goes on, with model and attributes as a checkpoint has them"
 
     def model_changed(self):
         "To be called where parameters came or went, changed their sizes, or whether they train"

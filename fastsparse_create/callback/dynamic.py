@@ -160,7 +160,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         if sparsity is None or self.resumed_at: return
         found,numel = sum(p.numel-p.n_kept for p in self._params),sum(p.numel for p in self._params)
         shares = self._distribution([p.weight for p in self._params], sparsity)
-        expected = sum(s*p.numel for s,p in zip(shares, self._params))
+        expected = sum(min(s*p.numel, p.numel-minimum_kept(p, self.calculator)) if s<1 else p.numel for s,p in zip(shares, self._params))
         if abs(found-expected)>.01*numel:
             raise ValueError(f"{type(self).__name__}: sparsity {sparsity} was asked for, but the model's masks have {found/numel:.4g}: ask for that, or let go of them with make_permanent")
 
@@ -293,14 +293,15 @@ class DropAndGrow(PruningModifier, abstract=True):
         return _choose(mask, drop, grow, n_keep, n_total)
 
     def counts(self, live, contexts, share):
-        "How many connections of each layer stay, and how many it has afterwards"
+        "How many connections of each layer stay, and how many it has afterwards; where they are redistributed, a layer has the minimum of its pattern in any case"
         had = [p.n_kept for p in live]
         keep = [n-int(share*n) for n in had]
         if self.redistribute_f is None: return zip(keep, had)
+        least = [max(k, min(n, minimum_kept(p, self.calculator))) for p,n,k in zip(live, had, keep)]
         needs = [_mean(_scores(p, self.redistribute_f, c), c['mask'].flatten(), n) for p,c,n in zip(live, contexts, had)]
         for p,need in zip(live, needs):
             if not 0<=need<math.inf: raise ValueError(f"{p.name}: its connections score {need:g} in the mean, so that they can't be redistributed: scores must be finite and not negative")
-        return zip(keep, [k+n for k,n in zip(keep, water_fill(sum(had)-sum(keep), needs, [p.numel-k for p,k in zip(live, keep)]))])
+        return zip(keep, [k+n for k,n in zip(least, water_fill(sum(had)-sum(least), needs, [p.numel-k for p,k in zip(live, least)]))])
 
     def _note(self, batch, share, grown):
         "What an update has done"

@@ -27,7 +27,7 @@ class PruningModifier(Modifier, abstract=True):
 
     def reset(self):
         super().reset()
-        self._released,self._told = False,False
+        self._released,self._at_minimum = False,[]
 
     def before_fit(self):
         super().before_fit()
@@ -59,15 +59,12 @@ class PruningModifier(Modifier, abstract=True):
                   masks:list, # A mask for each of the pruner's parameters
                  ):
         "Replace the masks, zero what they mask, and clear the optimizer's memory of it"
-        attach_masks(self.model, self._names)  # a pruner that ended may have let them go
+        attach_masks(self.model, [n for n in self._names if n in named_sites(self.model)])  # a pruner that ended may have let them go; layers may be out
         for p,mask in zip(self._params, masks): p.rewire(mask, self.opt)
         self.learn.mask_enforcer.refresh()
-        self._tell_of_empty()
+        self._warn_of_minimum()
 
-    def _tell_of_empty(self):
-        empty = [p.name for p in self._params if p.n_kept==0]
-        if empty and not self._told: logger.warning(f"{type(self).__name__}: no weight is left in {', '.join(empty)}, the model can't compute anything with it: a lower sparsity, or params without it, would leave some")
-        self._told |= bool(empty)
+    def _warn_of_minimum(self): self._at_minimum += warn_of_minimum(type(self).__name__, [p for p in self._params if p.name not in self._at_minimum], self.calculator)
 
     def release(self):
         "Let masked weights train again, but for those that another pruner holds by now; the masks stay readable"

@@ -101,6 +101,7 @@ class QuantizationModifier(Modifier):
 
     def go_on(self):
         "Treat a quantized model as this moment asks for"
+        if not is_quantized(self.model): return
         self._stop_mixed_precision()
         stays = self._reached('disable_quantization_observer_epoch')
         observe(self.model, 'never' if stays else 'training')

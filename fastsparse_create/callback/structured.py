@@ -14,6 +14,7 @@ from fastai.basics import *
 from fastai.callback.tracker import TrackerCallback
 from .core import *
 from .pruning import *
+from .state import *
 from ..channels import *
 from ..criteria import *
 from ..distributed import *
@@ -169,6 +170,8 @@ class StructuredPruningModifier(NeedsExample, GMPruningModifier):
             if n>0: res[g] = order[:n].sort().values
         return res
 
+    def _warn_of_minimum(self): "Each group keeps a channel"
+
     def _ranking(self):
         scores = [group_scores(g, self.model, _criteria.get(self.criterion, self.criterion)) for g in self._groups]
         masks = {p.name:p.mask for p in self._params if isinstance(p, MaskedParam)}
@@ -315,7 +318,16 @@ class LayerPruningModifier(NeedsExample, Modifier):
 
     def reset(self):
         super().reset()
-        self._taken = {}
+        self._taken,self._at_start = [],[]
+
+    def fit_starts(self):
+        super().fit_starts()
+        self._at_start = self.left_out
+
+    @property
+    def left_out(self)->list: # Names
+        "The layers that the model is without"
+        return list(self._taken[0]) if self._taken else []
 
     def ticks(self, n_iter, n_epoch, done=0.):
         ends = [max(0., self.start_epoch), *([self.end_epoch] if self.end_epoch>=0 else [])]
@@ -335,22 +347,52 @@ class LayerPruningModifier(NeedsExample, Modifier):
             if not same: raise ValueError(f"LayerPruningModifier: layers: without {n!r} the outputs have another shape")
 
     def update(self, epoch):
-        if 0<=self.end_epoch<=epoch: self._restore()
-        elif not self._taken: self._take()
-        self.model_changed()
+        if 0<=self.end_epoch<=epoch: self.put_back()
+        elif not self._taken: self.leave_out(_matching_layers(self.model, self.layers))
         _forget_best(self.learn)
+
+    def _models(self): return [unwrap_model(self.model), *averaged_models(self.learn)]
+
+    def leave_out(self,
+                  names:list, # Of layers
+                 ):
+        "Let model and running averages be without some layers"
+        models = self._models()
+        self._taken = [{n:m.get_submodule(n) for n in names} for m in models]
+        for m,taken in zip(models, self._taken):
+            for n,layer in taken.items():
+                for p in layer.parameters(): p.grad = None  # momentum would move them on
+                _put(m, n, nn.Identity())
+        self._changed()
+
+    def put_back(self):
+        "Let model and running averages have their layers again"
+        for m,taken in zip(self._models(), self._taken):
+            for n,layer in taken.items(): _put(m, n, layer.train(m.training))
+        self._taken = []
+        self._changed()
+
+    def _changed(self):
+        self.model_changed()
         if hasattr(self.learn, 'mask_enforcer'): self.learn.mask_enforcer.refresh()
 
-    def _take(self):
-        model = unwrap_model(self.model)
-        for n in _matching_layers(model, self.layers):
-            self._taken[n] = model.get_submodule(n)
-            for p in self._taken[n].parameters(): p.grad = None  # momentum would move them on
-            _put(model, n, nn.Identity())
+    # going on
 
-    def _restore(self):
-        for n,layer in self._taken.items(): _put(unwrap_model(self.model), n, layer.train(self.model.training))
-        self._taken = {}
+    def to_note(self): return dict(_out=dict(names=self.left_out, models=[_described(taken) for taken in self._taken]))
+
+    def go_on(self):
+        out = vars(self).pop('_out')
+        if self._taken: self.put_back()
+        for model,o in zip(self._models(), out['models']):
+            load_like(model, o['state'], strict=False)
+            restore_notes(model, o['notes'])
+        if out['names']: self.leave_out(out['names'])
+
+def _described(layers):
+    "Weights of layers, and what these don't say, by names of the model"
+    def full(parts): return {f'{n}.{k}':v for n,part in parts.items() for k,v in part.items()}
+    notes = {n:model_notes(o) for n,o in layers.items()}
+    return dict(state=full({n:o.state_dict() for n,o in layers.items()}), notes={k:full({n:o[k] for n,o in notes.items()}) for k in ('trainable','enforced','quantized')})
 
 def _matching_layers(model, layers):
     "Names of the layers that `layers` stands for, without those inside of another"

@@ -131,11 +131,13 @@ class TopKASTPruningModifier(PruningModifier):
         active = top_masks(self._params, self.forward_sparsity, self.calculator, self.global_sparsity)
         if epoch>=self.end_epoch: return self._end(active)
         reach = top_masks(self._params, self.backward_sparsity, is_global=self.global_sparsity, inside=active)
+        reach = [r|a for r,a in zip(reach, active)]  # small layers keep a group of the pattern, which may be more than their share
         self._warn_of_zeros()
         self._reach = {p.name:m for p,m in zip(self._params, reach)}
         for p,a,r in zip(self._params, active, reach):
             _set_mask(p, a)
             self._forget(p, r)
+        self._warn_of_minimum()
         self._settle()
         self.learn.mask_enforcer.refresh()
 
@@ -184,6 +186,7 @@ class TopKASTPruningModifier(PruningModifier):
             _set_mask(p, mask)
             held = [p.param, *optimizer_slots(self.opt, p.param)]
             mask_tensors(held, [p.mask]*len(held))
+        self._warn_of_minimum()
         self._enforce()
         if not self.leave_enabled: self.release()
 

@@ -332,7 +332,7 @@ class LoopManager:
     def load_state_dict(self,
                         state:dict, # From `state_dict`
                        ):
-        "Go on where `state` was taken, in as many processes or others; model and optimizer are loaded beside it, before or after (after, if the model is quantized)"
+        "Go on where `state` was taken, in as many processes or others; model and optimizer are loaded beside it, before or after (after, if the model is quantized, or a `LayerPruningModifier` has left layers out)"
         self._check_state(state)
         restore_notes(self.model, state)
         self.steps = -(-state['steps']*self.steps_per_epoch//state['steps_per_epoch'])

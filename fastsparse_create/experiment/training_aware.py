@@ -95,6 +95,8 @@ class TrainingAware(Experiment):
         file = Path(os.path.abspath(Path(folder).expanduser()))/'arguments.json'
         if not file.is_file(): raise ValueError(f"{folder}: is no folder of an interrupted experiment, arguments.json is missing")
         given = _read_arguments(file)
+        kind = given.pop('kind', cls.kind).replace('_', '-')
+        if kind!=cls.kind.replace('_', '-'): raise ValueError(f"{folder}: was made by {kind}, go on by: fastsparse.run {kind} --resume {shlex.quote(str(folder))}")
         _check_named(file, given, model=model, teacher=teacher)
         try: self = cls(**{**given, 'working_dir':file.parent.parent})
         except TypeError as e: raise ValueError(f"{file}: is damaged, {e}") from e
@@ -137,7 +139,7 @@ class TrainingAware(Experiment):
         return shlex.join(['fastsparse.run', self.kind.replace('_', '-'), '--resume', str(self.folder), *pickles])
 
     def _note_arguments(self):
-        with atomic_path(self.folder/'arguments.json') as tmp: tmp.write_text(json.dumps({**self._arguments, 'train_kwargs':asdict(self.options), 'working_dir':str(self.working_dir)}, indent=1), encoding='utf-8')
+        with atomic_path(self.folder/'arguments.json') as tmp: tmp.write_text(json.dumps({'kind':self.kind, **self._arguments, 'train_kwargs':asdict(self.options), 'working_dir':str(self.working_dir)}, indent=1), encoding='utf-8')
 
     def _with_less_memory(self, show_bar):
         "The runs, with batches that fit into memory"
@@ -181,8 +183,10 @@ def _model_place(name): return _place(name, lambda path: path.suffix in ('.pth',
 def _read_arguments(file):
     try: given = json.loads(file.read_text(encoding='utf-8'))
     except (ValueError,RecursionError) as e: raise ValueError(f"{file}: is damaged, {e}") from e
-    if isinstance(given, dict) and all(isinstance(given.get(k), str) for k in ('use_case','model','data')): return given
-    raise ValueError(f"{file}: is damaged, it doesn't say use_case, model and data")
+    if not isinstance(given, dict) or not all(isinstance(given.get(k), str) for k in ('use_case','model','data')): raise ValueError(f"{file}: is damaged, it doesn't say use_case, model and data")
+    kind = given.get('kind', 'kind')
+    if not isinstance(kind, str) or not kind.isidentifier(): raise ValueError(f"{file}: is damaged, its kind is {kind!r:.80}")
+    return given
 
 def _check_named(file, given, **named):
     "A folder may come from anybody: of the pickles that it names, only those are opened that its user names, too"

@@ -55,10 +55,10 @@ def _top_sampled(scores, n):
 # %% ../../nbs/00_masks.core.ipynb #7d2fb902
 def n_zeros(numel:int, # Number of elements (or of groups that are pruned as one)
             sparsity:float, # Share of zeros, in [0,1]
-           )->int: # `round(numel*sparsity)`
+           )->int: # `round(numel*sparsity)`, but below a sparsity of 1 at most `numel-1`
     "The number of zeros that a `sparsity` promises; raises `ValueError` outside of [0,1]"
     if not 0<=sparsity<=1: raise ValueError(f"sparsity must be in [0,1], got {sparsity}")
-    return round(numel*sparsity)
+    return numel if sparsity==1 else min(round(numel*sparsity), max(0, numel-1))
 
 def keep_highest(scores:Tensor, # Scores of any shape and real dtype, higher is more important
                  n_zero:int, # How many to mask
@@ -134,6 +134,12 @@ class MaskType:
         "How many weights the groups hold"
         return [1]*shape.numel()
 
+    def minimum(self,
+                shape:torch.Size, # Shape of the parameter
+               )->int: # Weights of one group, the largest; 0 if the pattern leaves enough by itself
+        "How many weights stay where a sparsity below 1 would leave none"
+        return max(self.sizes(shape), default=0)
+
     def unfit(self,
               shape:torch.Size, # Shape of a parameter
              )->str: # One sentence; empty if the pattern fits
@@ -148,7 +154,7 @@ class MaskType:
 
     def __call__(self,
                  scores:Tensor, # Scores of one parameter, higher is more important
-                 sparsity:float, # Share of groups to mask, in [0,1]
+                 sparsity:float, # Share of groups to mask, in [0,1]; below 1 the best group stays in any case
                 )->Tensor: # Boolean mask of the shape of `scores`
         "Mask the share `sparsity` of the groups that score lowest"
         pooled = self.pool(scores)
@@ -162,33 +168,32 @@ class Unstructured(MaskType):
     "Every weight is a group of its own"
     def pool(self, scores): return scores.flatten()
     def spread(self, keep, shape): return keep.view(shape)
+    def minimum(self, shape): return 1
 
 # %% ../../nbs/00_masks.core.ipynb #6ab890e4
 def global_masks(scores:list, # Scores of each parameter
-                 sparsity:float, # Share of all weights to mask, in [0,1]
+                 sparsity:float, # Share of all weights to mask, in [0,1]; below 1 the best group of each parameter stays in any case
                  mask_type:MaskType=Unstructured(), # Pattern of the masks
                 )->list: # Boolean masks of the shapes of `scores`
-    "Masks that share one `sparsity`: groups compete across parameters, and the best of each stays"
+    "Masks that share one `sparsity`: groups compete across parameters"
     pooled = [mask_type.pool(s) for s in scores]
     device,dtype = pooled[0].device,torch.promote_types(torch.float32, max((p.dtype for p in pooled), key=lambda d: d.itemsize))
     flat = torch.cat([torch.full_like(p, math.inf, device=device, dtype=dtype) if mask_type.protects(s.shape) else p.to(device, dtype)
                       for p,s in zip(pooled, scores)])
-    _keep_best(flat.split([len(p) for p in pooled]))
-    n_zero,sizes = n_zeros(sum(s.numel() for s in scores), sparsity),_sizes(mask_type, scores)
-    keep = keep_highest(flat, n_zero//sizes) if isinstance(sizes, int) else _cut_by_size(flat, sizes, n_zero)
+    n_stay = _keep_best(flat.split([len(p) for p in pooled])) if sparsity<1 else 0
+    n_zero = n_zeros(sum(s.numel() for s in scores), sparsity)
+    keep = keep_highest(flat, min(n_zero, len(flat)-n_stay)) if type(mask_type) is Unstructured else _cut_by_size(flat, _sizes(mask_type, scores), n_zero)
     return [mask_type.spread(k.to(s.device), s.shape) for k,s in zip(keep.split([len(p) for p in pooled]), scores)]
 
 def _keep_best(parts):
-    "Put the best of each part above all others; NaN is left for others to refuse"
+    "Put the best of each part above all others, and count them; NaN is left for others to refuse"
+    parts = [p for p in parts if len(p)]
     for p in parts:
-        if not len(p): continue
         best = p.argmax() if p.is_cuda else p.numpy().argmax()  # NumPy is six times as fast
         if not p[best].isnan(): p[best] = math.inf
+    return len(parts)
 
-def _sizes(mask_type, scores):
-    "Weights in each group of all parameters: a number if it is the same for all"
-    if type(mask_type) is Unstructured: return 1
-    return torch.tensor([n for s in scores for n in mask_type.sizes(s.shape)])
+def _sizes(mask_type, scores): return torch.tensor([n for s in scores for n in mask_type.sizes(s.shape)])
 
 def _cut_by_size(scores, sizes, n_zero):
     "Mask the lowest groups while they hold `n_zero` weights at most"

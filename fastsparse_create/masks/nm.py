@@ -95,6 +95,7 @@ class _GroupMask(MaskType):
     def _order(self, scores): return scores  # candidates go from the lowest up
 
     def pool(self, scores): raise ValueError(f"mask_type: {self!r} masks the same share of every group, so that layers can't compete: use it within layers")
+    def minimum(self, shape): return 0
 
     def unfit(self,
               shape:tuple, # Shape of a parameter
@@ -396,10 +397,12 @@ class ConstantFanIn(MaskType):
     def pool(self, scores): raise ValueError("mask_type: 'constant_fan_in' keeps the same number of weights for every output, so that layers can't compete: use it within layers")
     def unfit(self, shape): return '' if len(shape)>1 else f"{self!r} needs a parameter of 2 or more dimensions, got shape {tuple(shape)}"
 
+    def minimum(self, shape): return shape[0]
+
     def fan_in(self,
                shape:torch.Size, # Shape of the parameter
                sparsity:float, # Share of its weights to mask, in [0,1]
-              )->int: # Weights that each output keeps
+              )->int: # Weights that each output keeps; below a sparsity of 1 one at least
         "The number of inputs that each output has at `sparsity`, rounded"
         inputs = shape[1:].numel()
         return inputs-n_zeros(inputs, sparsity)

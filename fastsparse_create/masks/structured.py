@@ -6,7 +6,7 @@
 __all__ = ['Block', 'Slice']
 
 # %% ../../nbs/01_masks.structured.ipynb #fba15a87
-import torch
+import math,torch
 from torch import Tensor
 from .core import *
 
@@ -47,6 +47,8 @@ class Block(MaskType):
         rows,cols = self._sizes(shape)
         full,tail = divmod(shape[1], cols)
         return ([rows*cols]*full + [rows*tail]*bool(tail))*(shape.numel()//(rows*shape[1]))
+
+    def minimum(self, shape): return math.prod(self._sizes(shape))
 
     def spread(self, keep, shape):
         rows,cols = self._sizes(shape)
