@@ -99,6 +99,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'fastsparse_create/benchmark.py'),
                                              'fastsparse_create.benchmark._caller': ( 'benchmark.html#_caller',
                                                                                       'fastsparse_create/benchmark.py'),
+                                             'fastsparse_create.benchmark._check_models': ( 'benchmark.html#_check_models',
+                                                                                            'fastsparse_create/benchmark.py'),
                                              'fastsparse_create.benchmark._digits': ( 'benchmark.html#_digits',
                                                                                       'fastsparse_create/benchmark.py'),
                                              'fastsparse_create.benchmark._now': ('benchmark.html#_now', 'fastsparse_create/benchmark.py'),

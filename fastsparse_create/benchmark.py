@@ -95,6 +95,10 @@ def _shapes(x):
     tensors = x.values() if isinstance(x, Mapping) else x if isinstance(x, (tuple,list)) else [x]
     return ', '.join('×'.join(map(str, t.shape)) for t in tensors if isinstance(t, torch.Tensor))
 
+def _check_models(owner, models):
+    if not isinstance(models, Mapping): raise TypeError(f"{owner}: models must be a dict {{name: model}}, got a {type(models).__name__}")
+    if not models: raise ValueError(f"{owner}: there are no models")
+
 def benchmark(models:dict, # Name -> module, ONNX file, or any function; the others are compared to the first
               x, # What they are called with: a tensor, a tuple of arguments, or a dict of keywords
               n_rounds:int=30, # How often each is timed
@@ -103,7 +107,7 @@ def benchmark(models:dict, # Name -> module, ONNX file, or any function; the oth
               compiled:bool=False, # Is the first model measured as `torch.compile` makes it, too?
              )->Benchmark:
     "Time models in turn, modules in evaluation mode and without gradients"
-    if not models: raise ValueError("benchmark: there are no models")
+    _check_models('benchmark', models)
     if n_rounds<1: raise ValueError(f"benchmark: n_rounds must be at least 1, got {n_rounds}")
     models = dict(models)
     if compiled: models[f'{next(iter(models))}, compiled'] = torch.compile(next(iter(models.values())))
@@ -124,6 +128,9 @@ def deploy_variants(models:dict, # Name -> finished model; quantized or not
                    )->dict: # Name -> what `benchmark` takes
     "Models as they are, and what executes them faster"
     from fastsparse_create.quantization.convert import is_quantized
+    _check_models('deploy_variants', models)
+    for name in models:
+        if Path(f'{name}.onnx').name!=f'{name}.onnx': raise ValueError(f"deploy_variants: {name!r} can't be the name of a file: leave out {os.sep!r}")
     res,folder = {},Path(folder)
     for name,m in models.items():
         if is_quantized(m):

@@ -553,6 +553,21 @@ def test_keywords_and_errors():
     for models,kwargs,error in (({},{},ValueError), ({'a':len},{'n_rounds':0},ValueError), ({'a':3},{},TypeError)):
         with pytest.raises(error): benchmark(models, torch.ones(1), **kwargs)
 
+@pytest.mark.parametrize('models,said', [(lambda m: [m], r"models must be a dict \{name: model\}, got a list"), (lambda m: m, r"models must be a dict \{name: model\}, got a Sequential"), (lambda m: {}, 'there are no models')])
+def test_models_have_names(models, said, tmp_path):
+    for f in (lambda ms: benchmark(ms, torch.ones(1,4)),lambda ms: deploy_variants(ms, torch.ones(1,4), tmp_path)):
+        with pytest.raises((TypeError,ValueError), match=f'(benchmark|deploy_variants): {said}'): f(models(mlp()))
+
+def test_a_missing_file_is_named(tmp_path):
+    "Before anything is timed"
+    for path in (tmp_path/'none.onnx', str(tmp_path/'none.onnx'), tmp_path):
+        with pytest.raises(FileNotFoundError, match=f'^{path}: no such file$'): benchmark({'a':lambda x: pytest.fail('was timed'), 'b':path}, torch.ones(1,4))
+
+def test_names_that_are_no_files(tmp_path):
+    "Before any file is written"
+    with pytest.raises(ValueError, match="deploy_variants: 'a/b' can't be the name of a file: leave out '/'"): deploy_variants({'first':mlp(), 'a/b':mlp()}, torch.ones(1,4), tmp_path)
+    assert not list(tmp_path.iterdir())
+
 def test_deploy_variants(tmp_path, images):
     dense,sparse,int8 = (used(small(), images) for _ in range(3))
     sparsify_model(sparse, .9)

@@ -136,6 +136,7 @@ class OnnxModel(nn.Module):
                 ):
         super().__init__()
         _need('onnxruntime')
+        if not isinstance(path, bytes) and not os.path.isfile(path): raise FileNotFoundError(f"{path}: no such file")
         self.nothing = nn.Parameter(torch.empty(0), requires_grad=False)  # fastai asks the first parameter for the device
         import onnxruntime as ort
         options = ort.SessionOptions()
