@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from fastai.torch_core import no_random
 from torch import nn,Tensor
-from ..attention import leave_shortcuts_
+from ..attention import *
 from ..distributed import *
 from ..masking import *
 from ..masking import _check_fit,_load_state
@@ -262,7 +262,8 @@ def dequantize_(model, # Quantized model or `Learner` to change
     float_types = {q:f for f,q in reversed(quantized_types.items())}
     for m in inner.modules(): _remove_hook(m._forward_pre_hooks, lambda f: f is reset_calls)
     for m in quantized_modules(inner).values():
-        m.__class__ = float_types.get(type(m), type(m))
+        has_lost_heads = isinstance(m, nn.MultiheadAttention) and m.num_heads*m.head_dim!=m.embed_dim
+        m.__class__ = PlainMultiheadAttention if has_lost_heads else float_types.get(type(m), type(m))
         for n in _own_buffers: m._buffers.pop(n, None)
         for n in ('scheme','observes','calls'): m.__dict__.pop(n, None)
         _remove_hook(m._forward_hooks, lambda f: f is quantize_output)
