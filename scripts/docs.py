@@ -26,7 +26,7 @@ PARTS = [
     ('Any PyTorch loop', 'The same callbacks, for a loop that somebody else wrote.', 'create.api create.*'),
     ('N:M patterns', 'Two of every four weights, as hardware wants them.', 'asp permutation.apply permutation.* export.semi_structured'),
     ('Quantization', 'Integers in place of floats.', 'quantization.convert quantization.*'),
-    ('Channels', 'Channels that leave a model for good.', 'thinning channels compact'),
+    ('Channels', 'Channels that leave a model for good.', 'thinning channels attention compact'),
     ('Without training', 'A trained network is pruned by a few hundred inputs.', 'one_shot least_squares fisher forward_cache'),
     ('Looking at models', 'Tables, pictures and times.', 'report plots mask_plots flops benchmark'),
     ('Files and runtimes', 'What a model is on disk, and what runs it.', 'export.onnx export.checkpoint export.* sparse.* files'),
