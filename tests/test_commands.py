@@ -64,11 +64,13 @@ def test_nothing_is_left_of_what_had_no_checkpoint(tmp_path, monkeypatch):
 def test_ctrl_c_leaves_a_checkpoint(tmp_path):
     code = 'import sys,signal; signal.signal(signal.SIGINT, signal.default_int_handler); from fastsparse_create.cli import main; sys.exit(main())'
     p = subprocess.Popen([sys.executable, '-u', '-W', 'ignore', '-c', code, 'training-aware', *small, '--epochs', '50', '--working-dir', str(tmp_path)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    before = []
     for line in p.stderr:
+        before.append(line)
         if line.startswith('epoch 0'): break
     p.send_signal(signal.SIGINT)
     said = p.stderr.read()
-    assert p.wait()==1 and 'Stopping after this batch' in said and '--resume' in said and 'Traceback' not in said
+    assert p.wait()==1 and 'Stopping after this batch' in said and '--resume' in said and 'Traceback' not in said, ''.join(before)+said
     folder, = tmp_path.iterdir()
     assert len(list(folder.glob('checkpoints/dense/*.pth')))==1
 
