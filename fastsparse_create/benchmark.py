@@ -79,6 +79,7 @@ def _time_in_turn(calls, n_rounds, n_warmup):
     res = {n:[] for n in calls}
     for i in range(n_warmup+n_rounds):
         for name,call in calls.items():
+            call()  # brings its own weights back into the caches
             wall,cpu = _now()
             call()
             wall_after,cpu_after = _now()

@@ -378,9 +378,32 @@ def test_inference_measures():
     fast,report = to_sparse_inference(model, x)
     for r in report.rows:
         if r.status in ('embedding bag','CSR'): assert r.sparse_ms<.9*r.dense_ms and r.input=='64×512'
-    assert report.rows[2].status=='sparsity below 0.5' and report.rows[2].dense_ms is None
+    assert report.rows[2].status in ('sparsity below 0.5','dense, transposed')
     assert largest_difference(fast(x), model(x))<1e-5
     assert {'layer','input','dense_ms','sparse_ms','status'}<set(report.to_df().columns) and 'layers sparse' in repr(report)
+
+def test_inference_transposes_what_follows(monkeypatch):
+    "Dense layers that get activations feature by feature give theirs so, too, down to the end; those that don't stay what they are"
+    monkeypatch.setattr(inference, '_fastest', lambda candidates, n: {k:10. if k=='dense' else 1. for k in candidates})
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8,64), nn.ReLU(), nn.Linear(64,64,bias=False), nn.ReLU(), nn.Linear(64,6,bias=False), nn.GELU(), nn.Linear(6,3), nn.Softmax(-1))
+    sparsify_model(model, .9, ['2.weight'])
+    for x in (torch.randn(5,8), torch.randn(2,3,8)):
+        fast,report = to_sparse_inference(model, x)
+        assert [type(fast[i]).__name__ for i in (0,2,4,6)]==['Linear','SparseLinear','TransposedLinear','TransposedLinear']
+        assert [r.status for r in report.rows]==['sparsity below 0.5','embedding bag','dense, transposed','dense, transposed'] and '1 of 4 layers sparse' in report.summary
+        for other in (x, x[:1], x[0]): torch.testing.assert_close(fast(other), model.eval()(other), rtol=1e-5, atol=1e-6)
+
+def test_inference_splits_by_what_a_cache_holds():
+    "Parts are the smaller, the more rows there are; each kernel gives the same"
+    layer = nn.Linear(700, 5)
+    sparsify_model(layer, .8)
+    for rows,widths in ((16,[]), (128,[512]), (512,[128,256]), (2**18,[])):
+        x = torch.randn(min(rows, 512), 700).expand(max(1, rows//512), -1, -1) if rows>512 else torch.randn(rows, 700)
+        kernels = inference._kernels(layer, x)
+        assert [k for k in kernels if 'bags' in k]==[f'embedding bags of {w}' for w in widths]
+        if rows<=512:
+            for make in kernels.values(): torch.testing.assert_close(make(layer)(x), layer(x), rtol=1e-5, atol=1e-5)
 
 def test_inference_of_sparse_layers():
     model,x = wide(),torch.randn(8,512)
