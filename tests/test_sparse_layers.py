@@ -382,6 +382,28 @@ def test_inference_measures():
     assert largest_difference(fast(x), model(x))<1e-5
     assert {'layer','input','dense_ms','sparse_ms','status'}<set(report.to_df().columns) and 'layers sparse' in repr(report)
 
+@pytest.mark.parametrize('bias', [True,False])
+@pytest.mark.parametrize('shape', [(5,),(2,3),()])
+def test_dense_layers_that_follow_compute_feature_by_feature(shape, bias):
+    "Dense layers get the same outputs and gradients, keep parameters and state, can become sparse later on, and are plain again in the end"
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8,16), nn.ReLU(), nn.Linear(16,12,bias=bias), nn.ReLU(), nn.Linear(12,3,bias=bias)).double()
+    sparsify_model(plain, .75, '0.weight')
+    model,x = deepcopy(plain),torch.randn(*shape, 8, dtype=torch.double)
+    params = list(model[2].parameters())+list(model[4].parameters())
+    assert sparse_layers_(model, .5, 0).summary.startswith('1 of 3')
+    assert [type(m) for m in model[::2]]==[SparseLinear,TransposedLinear,TransposedLinear] and all(a is b for a,b in zip(params, [*model[2].parameters(),*model[4].parameters()]))
+    for m in (plain,model): m(x).square().sum().backward()
+    torch.testing.assert_close(model(x), plain(x))
+    for a,b in zip(params, [*plain[2].parameters(),*plain[4].parameters()]): torch.testing.assert_close(a.grad, b.grad)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again(x), model(x)) and [*again.state_dict()][-2:]==[*model.state_dict()][-2:]
+    sparsify_model(model, .75, '2.weight')
+    assert sparse_layers_(model, .5, 0).rows[0].status=='sparse' and type(model[2]) is SparseLinear
+    dense_layers_(model)
+    assert [type(m) for m in model[::2]]==[nn.Linear]*3
+    assert sparse_layers_(plain, 1., 0).summary.startswith('0 of') and type(plain[4]) is nn.Linear
+
 def test_inference_transposes_what_follows(monkeypatch):
     "Dense layers that get activations feature by feature give theirs so, too, down to the end; those that don't stay what they are"
     monkeypatch.setattr(inference, '_fastest', lambda candidates, n: {k:10. if k=='dense' else 1. for k in candidates})

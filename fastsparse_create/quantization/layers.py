@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from torch import nn,Tensor
 from ..attention import *
 from .core import *
+from ..sparse.linear import TransposedLinear
 
 # %% ../../nbs/09b_quantization.layers.ipynb #5b1d4e84
 _kinds = 'input_activations','weights','output_activations'
@@ -150,7 +151,7 @@ class QuantMultiheadAttention(QuantizedLayer, PlainMultiheadAttention):
         return quantize_weight(w, self.scheme.weights) if self.scheme.weights else w
 
 # %% ../../nbs/09b_quantization.layers.ipynb #e6ae8e7f
-quantized_types = {nn.Linear:QuantLinear, nn.modules.linear.NonDynamicallyQuantizableLinear:QuantLinear, nn.Conv1d:QuantConv1d, nn.Conv2d:QuantConv2d, nn.Conv3d:QuantConv3d,
+quantized_types = {nn.Linear:QuantLinear, TransposedLinear:QuantLinear, nn.modules.linear.NonDynamicallyQuantizableLinear:QuantLinear, nn.Conv1d:QuantConv1d, nn.Conv2d:QuantConv2d, nn.Conv3d:QuantConv3d,
                    nn.ConvTranspose1d:QuantConvTranspose1d, nn.ConvTranspose2d:QuantConvTranspose2d, nn.ConvTranspose3d:QuantConvTranspose3d,
                    nn.Embedding:QuantEmbedding, nn.MultiheadAttention:QuantMultiheadAttention, PlainMultiheadAttention:QuantMultiheadAttention}
 
