@@ -3,8 +3,8 @@
     python benchmarks/dst_step.py [--models xresnet18 mlp] [--steps 120]
 
 All variants of a model train in one process, a few steps each in turn, so that whatever else the machine does hits them alike. Times are
-process CPU time. Updates fall on every 100th step, so that `--steps` above 100 includes one. *Dense again* is the same training once more: what its ratio
-is off from 1 is what the machine adds to all others.
+process CPU time. Updates fall on every 100th step, so that `--steps` above 100 includes one. *Dense again* is the same training once more: how far
+its ratio is from 1 shows the noise of the machine.
 """
 import argparse, time
 from contextlib import redirect_stdout

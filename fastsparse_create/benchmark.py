@@ -75,7 +75,7 @@ def _now():
     return time.perf_counter(),time.process_time()
 
 def _time_in_turn(calls, n_rounds, n_warmup):
-    "Name -> for each round wall and CPU time, in milliseconds"
+    "Name -> for each round wall and CPU time of a call, in milliseconds"
     res = {n:[] for n in calls}
     for i in range(n_warmup+n_rounds):
         for name,call in calls.items():
@@ -102,7 +102,7 @@ def _check_models(owner, models):
 
 def benchmark(models:dict, # Name -> module, ONNX file, or any function; the others are compared to the first
               x, # What they are called with: a tensor, a tuple of arguments, or a dict of keywords
-              n_rounds:int=30, # How often each is timed
+              n_rounds:int=30, # How often each is timed, each time after a call that isn't
               n_warmup:int=3, # Rounds before that don't count
               n_threads:int=1, # Threads of each model
               compiled:bool=False, # Is the first model measured as `torch.compile` makes it, too?

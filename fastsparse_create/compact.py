@@ -28,7 +28,7 @@ def _kind(node, modules):
     "`layer`, `unit` (works on units one by one), `pool` or `flatten`; empty if it is anything else"
     if node.op=='call_module':
         m = modules[node.target]
-        if type(m) is nn.Linear or (type(m) in _convs and m.groups==1): return 'layer'
+        if type(m) in plain_linear or (type(m) in _convs and m.groups==1): return 'layer'
         if type(m) in _norms: return 'unit' if m.running_mean is not None else ''
         if type(m) in _elementwise: return 'unit'
         if type(m) in _pools or (type(m) in _unpadded_pools and m.padding in (0,(0,),(0,0),(0,0,0)) and getattr(m, 'divisor_override', None) is None): return 'pool'
@@ -86,13 +86,16 @@ def _misfit(chain):
     "Why the two layers of a chain don't fit together unit by unit; empty if they do"
     is_flat,is_conv = any(k=='flatten' for k,_,_ in chain.between),type(chain.layer) in _convs
     if type(chain.next) in _convs and not is_conv or is_flat and type(chain.next) in _convs: return "its units are no channels of the next layer"
-    if not is_flat and is_conv and type(chain.next) is nn.Linear: return "its units are no features of the next layer"
+    if not is_flat and is_conv and type(chain.next) in plain_linear: return "its units are no features of the next layer"
     n,columns = chain.layer.weight.shape[0],chain.next.weight.shape[1]
     return '' if columns==n or is_conv and is_flat and columns%n==0 else f"{columns} features of the next layer don't fit its {n} units"
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m, name): return type(m) in plain_linear or super().is_leaf_module(m, name)
+
 def _chains(model):
     "A `_Chain` for each layer that is used; raises what tracing raises"
-    modules,graph = dict(model.named_modules(remove_duplicate=False)),fx.Tracer().trace(model)
+    modules,graph = dict(model.named_modules(remove_duplicate=False)),_Tracer().trace(model)
     shared = _shared(model, graph, modules)
     return [_follow(n, modules, shared) for n in graph.nodes if n.op=='call_module' and _kind(n, modules)=='layer']
 
@@ -217,7 +220,7 @@ def _in_modes(model, modes):
 
 def _random_inputs(first, xb):
     "Random tensors like `xb`, or such as the layer `first` takes, in double precision"
-    if xb is None and type(first) is nn.Linear: xb = torch.empty(16, first.in_features)
+    if xb is None and type(first) in plain_linear: xb = torch.empty(16, first.in_features)
     if xb is None: xb = torch.empty(2, first.in_channels, *[32]*len(first.kernel_size))
     g = torch.Generator().manual_seed(0)
     def drawn(x): return torch.randn(x.shape, generator=g, dtype=torch.float64).to(first.weight.device) if isinstance(x, torch.Tensor) and x.is_floating_point() else x

@@ -384,25 +384,38 @@ def test_inference_measures():
 
 @pytest.mark.parametrize('bias', [True,False])
 @pytest.mark.parametrize('shape', [(5,),(2,3),()])
-def test_dense_layers_that_follow_compute_feature_by_feature(shape, bias):
-    "Dense layers get the same outputs and gradients, keep parameters and state, can become sparse later on, and are plain again in the end"
+def test_transposed_linear_is_a_linear_layer(shape, bias):
+    "As the head of a network of sparse layers it has the same outputs and gradients, can be masked, become sparse itself, and be quantized"
     torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(8,16), nn.ReLU(), nn.Linear(16,12,bias=bias), nn.ReLU(), nn.Linear(12,3,bias=bias)).double()
-    sparsify_model(plain, .75, '0.weight')
+    plain = nn.Sequential(SparseLinear(8,16,.5), nn.ReLU(), nn.Linear(16,12,bias=bias), nn.ReLU(), nn.Linear(12,3,bias=bias)).double()
     model,x = deepcopy(plain),torch.randn(*shape, 8, dtype=torch.double)
-    params = list(model[2].parameters())+list(model[4].parameters())
-    assert sparse_layers_(model, .5, 0).summary.startswith('1 of 3')
-    assert [type(m) for m in model[::2]]==[SparseLinear,TransposedLinear,TransposedLinear] and all(a is b for a,b in zip(params, [*model[2].parameters(),*model[4].parameters()]))
+    for i in (2,4): model[i].__class__ = TransposedLinear
     for m in (plain,model): m(x).square().sum().backward()
     torch.testing.assert_close(model(x), plain(x))
-    for a,b in zip(params, [*plain[2].parameters(),*plain[4].parameters()]): torch.testing.assert_close(a.grad, b.grad)
+    for a,b in zip(model.parameters(), plain.parameters()): torch.testing.assert_close(a.grad, b.grad)
     again = pickle.loads(pickle.dumps(model))
-    assert torch.equal(again(x), model(x)) and [*again.state_dict()][-2:]==[*model.state_dict()][-2:]
+    assert torch.equal(again(x), model(x)) and [*again.state_dict()]==[*plain.state_dict()]
     sparsify_model(model, .75, '2.weight')
-    assert sparse_layers_(model, .5, 0).rows[0].status=='sparse' and type(model[2]) is SparseLinear
+    assert sparse_layers_(model, .5, 0).rows[0].status=='sparse' and [type(m) for m in model[::2]]==[SparseLinear,SparseLinear,TransposedLinear]
     dense_layers_(model)
-    assert [type(m) for m in model[::2]]==[nn.Linear]*3
-    assert sparse_layers_(plain, 1., 0).summary.startswith('0 of') and type(plain[4]) is nn.Linear
+    assert [type(m) for m in model[::2]]==[nn.Linear,nn.Linear,TransposedLinear]
+    make_permanent(model)[2].weight.data[3] = 0.
+    small,report = compact(model, x.reshape(-1,8))
+    assert small[4].in_features<12 and type(small[4]) is TransposedLinear
+    torch.testing.assert_close(small(x), model(x))
+
+@pytest.mark.parametrize('kind', ['embedding bag','CSR','embedding bags of 512 features'])
+def test_inference_kernels_say_what_they_take(kind):
+    "Autocast may have made inputs another dtype; anything else is named"
+    layer = nn.Linear(700, 5)
+    sparsify_model(layer, .8)
+    x = torch.randn(128, 700)
+    fast = inference._kernels(layer, [x])[kind](layer).eval()
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        for t in (x,x.bfloat16()): torch.testing.assert_close(fast(t), layer.float()(t).float(), rtol=.05, atol=.05)
+    for wrong,error,words in ((x[:,:5],ValueError,'expected inputs with 700 features, got shape'), (x.double(),TypeError,'inputs must be torch.float32')):
+        with pytest.raises(error, match=words): fast(wrong)
+    assert kind=='embedding bag' or {n.rpartition('.')[2] for n,_ in fast.named_buffers()}=={'crow_indices','col_indices','values'}
 
 def test_inference_transposes_what_follows(monkeypatch):
     "Dense layers that get activations feature by feature give theirs so, too, down to the end; those that don't stay what they are"
@@ -417,15 +430,14 @@ def test_inference_transposes_what_follows(monkeypatch):
         for other in (x, x[:1], x[0]): torch.testing.assert_close(fast(other), model.eval()(other), rtol=1e-5, atol=1e-6)
 
 def test_inference_splits_by_what_a_cache_holds():
-    "Parts are the smaller, the more rows there are; each kernel gives the same"
-    layer = nn.Linear(700, 5)
+    "Parts are the smaller, the more rows there are, as long as they are few and worth a call; each gives the same"
+    layer = nn.Linear(1400, 5)
     sparsify_model(layer, .8)
-    for rows,widths in ((16,[]), (128,[512]), (512,[128,256]), (2**18,[])):
-        x = torch.randn(min(rows, 512), 700).expand(max(1, rows//512), -1, -1) if rows>512 else torch.randn(rows, 700)
-        kernels = inference._kernels(layer, x)
-        assert [k for k in kernels if 'bags' in k]==[f'embedding bags of {w}' for w in widths]
-        if rows<=512:
-            for make in kernels.values(): torch.testing.assert_close(make(layer)(x), layer(x), rtol=1e-5, atol=1e-5)
+    for shapes,widths in (((16,),[]), ((128,),[512,1024]), ((512,),[128,256]), ((2,256),[128,256]), ((4096,),[]), ((8,),[]), ((1,512),[128,256])):
+        x = torch.randn(*shapes, 1400)
+        kernels = inference._kernels(layer, [x[:1],x])
+        assert [k for k in kernels if 'bags' in k]==[f'embedding bags of {w} features' for w in widths]
+        for make in kernels.values(): torch.testing.assert_close(make(layer)(x), layer(x), rtol=1e-5, atol=1e-5)
 
 def test_inference_of_sparse_layers():
     model,x = wide(),torch.randn(8,512)
