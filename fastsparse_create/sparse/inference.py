@@ -200,8 +200,10 @@ def to_sparse_inference(model:nn.Module, # Finished model; it isn't changed
     _roll_back(res, dense, example, tol, swaps, rows)
     others = [n for n in sites if n not in swaps and not rows[n][-1].startswith('rolled back')]
     if swaps: _roll_back(res, dense, example, tol, _transpose(res, others, example, tol, n_rounds, rows), rows)
-    ms = _fastest({'dense':lambda: dense(*example), 'sparse':lambda: res(*example)}, n_rounds)
-    summary = f"{len(swaps)} of {len(rows)} layers sparse; the example takes {ms['sparse']:.2f} ms instead of {ms['dense']:.2f} ms"
+    summary = f"{len(swaps)} of {len(rows)} layers sparse"
+    if swaps:
+        ms = _fastest({'dense':lambda: dense(*example), 'sparse':lambda: res(*example)}, n_rounds)
+        summary += f"; the example takes {ms['sparse']:.2f} ms instead of {ms['dense']:.2f} ms"
     return res,LayerReport([InferenceRow(*r) for r in rows.values()], summary)
 
 def _shapes(inputs): return ', '.join(dict.fromkeys('×'.join(map(str, x.shape)) for x in inputs))
@@ -222,7 +224,8 @@ def _transpose(model, names, example, tol, n_rounds, rows):
             module = layers.pop(n)
             found,(_,ms,status) = _choose(module, inputs[module], {'dense, transposed':_transposed}, tol, n_rounds)
             if not found: continue
-            as_it_was = _fastest({'dense':lambda: [module(x.contiguous()) for x in inputs[module]]}, n_rounds)['dense']
+            in_rows = [x.contiguous() for x in inputs[module]]
+            as_it_was = _fastest({'dense':lambda: [module(x) for x in in_rows]}, n_rounds)['dense']
             swaps[n],rows[n][1],rows[n][3:] = found,_shapes(inputs[module]),(as_it_was,ms,status)
             _replace(model, n, found[1])
     return swaps
