@@ -28,7 +28,7 @@ class Benchmark:
 
 BENCHMARKS = dict(
     step_overhead=Benchmark('--models xresnet18 mlp --steps 40', '--models cnn --steps 10', r'\| (dense|fasterai.*)$|Choosing'),
-    dst_step=Benchmark('', '--models mlp --steps 10 --updates 1', r'step, RigL|Update'),
+    dst_step=Benchmark('', '--models mlp --steps 10 --updates 1', r'step, (RigL|dense again)|Update'),
     nm_masks=Benchmark('', '--size 256 --repeats 1', r'2:4 \|.*Sparsifier|2:4 \| ResNet|2d_best \|'),
     permutation=Benchmark('', '--matrices 32x16 --model resnet18', r'efficacy \| (32x16|64x128)|time \| resnet'),
     scaling=Benchmark('', '--millions 1 2 --repeats 1', r'(global|step) \| (2|100) M'),
