@@ -39,8 +39,11 @@ def _mask_bits(mask, like):
 
 def _put(t, positions, value):
     "Set the elements of `t` at some `positions` of the flattened tensor"
-    if t.is_contiguous(): t.view(-1)[positions] = value
-    else: t[torch.unravel_index(positions, t.shape)] = value
+    if not t.is_contiguous(): t[torch.unravel_index(positions, t.shape)] = value
+    elif t.dtype!=torch.bool or t.device.type!='cpu': t.view(-1)[positions] = value
+    else:
+        t.view(-1).numpy()[positions.numpy()] = value  # twice as fast as PyTorch
+        torch.autograd.graph.increment_version(t)
 
 def _exchange(mask, dropped, grown):
     "Change `mask` at some positions, and what is cached of it"

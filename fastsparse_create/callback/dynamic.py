@@ -33,7 +33,7 @@ def drop_and_grow(mask:Tensor, # Boolean, True where there is a connection
                  )->Tensor: # Boolean mask with `n_total` connections; among equal scores the lowest index is chosen
     "Keep the `n_keep` best connections and grow others, those just dropped included; raises `ValueError` for NaN"
     if type(mask_type) is Unstructured and not mask.is_cuda:
-        dropped,grown = _choose(mask, *(partial(pick, _as_array(s)) for s in (keep_scores, grow_scores)), n_keep, n_total)
+        dropped,grown = _choose(mask, *(partial(pick, _as_array(s)) for s in (keep_scores, grow_scores)), n_kept(mask), n_keep, n_total)
         return mask.flatten().index_fill(0, dropped, False).index_fill_(0, grown, True).view(mask.shape)
     if isinstance(mask_type, (Block,Slice)): return mask_type.spread(_exchanged_groups(mask, *map(mask_type.pool, (mask.float(),keep_scores,grow_scores)), n_keep, n_total), mask.shape)
     kept = _best_of(mask, keep_scores, n_keep)
@@ -42,10 +42,9 @@ def drop_and_grow(mask:Tensor, # Boolean, True where there is a connection
 
 def _as_array(x): return (x if x.dtype in (torch.float32,torch.float64) else x.float()).detach().flatten().cpu().numpy()
 
-def _choose(mask, drop, grow, n_keep, n_total):
+def _choose(mask, drop, grow, n, n_keep, n_total):
     "Positions of connections that go, and of those that come; `drop` and `grow` choose them from what is eligible, in arrays"
     was = mask.flatten().numpy()
-    n = np.count_nonzero(was)
     dropped,free = drop(was, n-n_keep, lowest=True),~was
     free[dropped] = True
     grown = grow(free, n_total-n+len(dropped))
@@ -269,45 +268,47 @@ class DropAndGrow(PruningModifier, abstract=True):
         self._next = self._next_update(self._clock(self.now)+1)
         live = [p for p in self._params if p.param.requires_grad and p.param.grad is not None]
         contexts = [dict(mask=p.mask, grad=self._gathered.get(p.name), generator=seeded(self.seed, round(self._moment*self.n_iter/self._batches_a_step()), p.name)) for p in live]
-        changes = [self.change(p, c, *n) for p,c,n in zip(live, contexts, self.counts(live, contexts, share))]
+        counts = self.counts(live, contexts, share)
+        changes = [self.change(p, c, *n) for p,c,n in zip(live, contexts, counts)]
         self._gathered = {}
-        if not self._ever: self._ever = {p.name:p.mask.flatten().clone() for p in self._params}
+        if not self._ever: self._ever = {p.name:p.mask.flatten().cpu().numpy().copy() for p in self._params}
         enforcer = self.learn.mask_enforcer
         if not enforcer._trusted: enforcer._mask_all()  # what grows must be 0, and an unknown optimizer has just moved it
         for p,change in zip(live, changes): p.exchange(*change, self.opt)
         if any(isinstance(p, SparseParam) for p in live): self.model_changed()
         enforcer.refresh()
-        if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates.append(self._note(batch, share, {p.name:grown for p,(_,grown) in zip(live, changes)}))
+        if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates.append(self._note(batch, share, live, counts, changes))
 
-    def change(self, p, context, n_keep, n_total):
+    def change(self, p, context, n, n_keep, n_total):
         "Positions of connections that go, and of those that come"
-        try: return self.ranked(p, context['mask'], context, n_keep, n_total)
+        try: return self.ranked(p, context['mask'], context, n, n_keep, n_total)
         except ValueError as e: raise ValueError(f"{p.name}: connections can't be ranked, {e}") from None
 
-    def ranked(self, p, mask, context, n_keep, n_total):
+    def ranked(self, p, mask, context, n, n_keep, n_total):
         if type(self.calculator) is not Unstructured or mask.is_cuda:
             turned = [outputs_first(p, t) for t in (mask, _checked(p, self.keep_f, context), _checked(p, self.grow_f, context))]
             return mask_changes(mask, outputs_first(p, drop_and_grow(*turned, n_keep, n_total, self.calculator)))
         drop = _stored_picker(p) if isinstance(p, SparseParam) and self.keep_f is magnitude else partial(pick, _scores(p, self.keep_f, context))
         grow = partial(_draw, context['generator']) if self.grow_f is random_scores else partial(pick, _scores(p, self.grow_f, context))
-        return _choose(mask, drop, grow, n_keep, n_total)
+        return _choose(mask, drop, grow, n, n_keep, n_total)
 
     def counts(self, live, contexts, share):
-        "How many connections of each layer stay, and how many it has afterwards; where they are redistributed, a layer has the minimum of its pattern in any case"
+        "How many connections each layer has, how many of them stay, and how many it has afterwards; where they are redistributed, a layer has the minimum of its pattern in any case"
         had = [p.n_kept for p in live]
         keep = [n-int(share*n) for n in had]
-        if self.redistribute_f is None: return zip(keep, had)
+        if self.redistribute_f is None: return list(zip(had, keep, had))
         least = [max(k, min(n, minimum_kept(p, self.calculator))) for p,n,k in zip(live, had, keep)]
         needs = [_mean(_scores(p, self.redistribute_f, c), c['mask'].flatten(), n) for p,c,n in zip(live, contexts, had)]
         for p,need in zip(live, needs):
             if not 0<=need<math.inf: raise ValueError(f"{p.name}: its connections score {need:g} in the mean, so that they can't be redistributed: scores must be finite and not negative")
-        return zip(keep, [k+n for k,n in zip(least, water_fill(sum(had)-sum(least), needs, [p.numel-k for p,k in zip(live, least)]))])
+        return list(zip(had, keep, [k+n for k,n in zip(least, water_fill(sum(had)-sum(least), needs, [p.numel-k for p,k in zip(live, least)]))]))
 
-    def _note(self, batch, share, grown):
+    def _note(self, batch, share, live, counts, changes):
         "What an update has done"
-        for n,positions in grown.items(): self._ever[n][positions] = True
-        n_active,numels = {p.name:p.n_kept for p in self._params},{p.name:p.numel for p in self._params}
-        n_new,n_ever = sum(map(len, grown.values())),sum(map(n_kept, self._ever.values()))
+        for p,(_,grown) in zip(live, changes): self._ever[p.name][grown.cpu().numpy()] = True
+        known = {p.name:had-len(dropped)+len(grown) for p,(had,*_),(dropped,grown) in zip(live, counts, changes)}
+        n_active,numels = {p.name:known.get(p.name, 0) or p.n_kept for p in self._params},{p.name:p.numel for p in self._params}
+        n_new,n_ever = sum(len(grown) for _,grown in changes),sum(map(np.count_nonzero, self._ever.values()))
         return MaskUpdate(batch, self.now, share, {n:1-k/max(1, numels[n]) for n,k in n_active.items()}, n_new/max(1, sum(n_active.values())), n_ever/max(1, sum(numels.values())))
 
 def _are_dense(params): return all(p.n_kept==p.numel for p in params)

@@ -151,7 +151,7 @@ class GraNetPruningModifier(_DynamicModifier):
 
     def counts(self, live, contexts, share):
         totals = [int(m.sum()) for m in self.pruned(self.now+1/self.n_iter, live)]
-        return [(n-int(share*n),n) for n in totals]
+        return [(p.n_kept,n-int(share*n),n) for p,n in zip(live, totals)]
 
 # %% ../../nbs/15b_callback.dynamic_pruning.ipynb #8a122b95
 class SRigLPruningModifier(_DynamicModifier):
@@ -180,10 +180,10 @@ class SRigLPruningModifier(_DynamicModifier):
         shares = dict(zip((p.name for p in self._params), self._distribution([p.weight for p in self._params], self.final_sparsity)))
         shapes = [outputs_first(p, c['mask']).shape for p,c in zip(live, contexts)]
         totals = [s[0]*self.calculator.fan_in(s, shares[p.name]) for p,s in zip(live, shapes)]
-        return [(keep,n) for (keep,_),n in zip(super().counts(live, contexts, share), totals)]
+        return [(had,keep,n) for (had,keep,_),n in zip(super().counts(live, contexts, share), totals)]
 
-    def ranked(self, p, mask, context, n_keep, n_total):
-        if p is self._params[-1]: return super().ranked(p, mask, context, n_keep, n_total)
+    def ranked(self, p, mask, context, n, n_keep, n_total):
+        if p is self._params[-1]: return super().ranked(p, mask, context, n, n_keep, n_total)
         mask,keep,grow = (outputs_first(p, t) for t in (mask, self.keep_f(p.weight, **context), self.grow_f(p.weight, **context)))
         return mask_changes(context['mask'], outputs_first(p, grow_salient(mask, keep, grow, n_keep, n_total, self.min_salient)))
 
