@@ -25,19 +25,25 @@ def plot_mask_updates(self:Recorder,
                      ): # Axes
     "Draw what the updates of the masks did in the last fit"
     updates = getattr(self, 'mask_updates', None)
-    if not updates: raise ValueError("plot_mask_updates: no update of masks was recorded, as the last fit had no dynamic sparse training or ended before its first update")
+    if not updates: raise ValueError("plot_mask_updates: no update of masks was recorded, as no fit had dynamic sparse training, or the last that had ended before its first update")
     sparsities = _carried_on([u.sparsities for u in updates])
     n_layers = len(sparsities)
     ax,(moves,ever,layers) = stacked_panels(ax, [1.4,1.2,.1+n_layers*(.22 if n_layers<=20 else .14)])
-    batches = [u.batch for u in updates]
-    _draw_shares(moves, batches, {'dropped':[u.fraction for u in updates], 'new':[u.churn for u in updates]})
+    groups = _by_callback(updates)
+    _draw_shares(moves, {f'{label}{name}':(us,attr) for label,us in groups.items() for name,attr in (('dropped','fraction'),('new','churn'))})
     moves.set(ylabel='connections', ylim=(0,1.1*max(.01, *(max(u.fraction, u.churn) for u in updates))))
-    _draw_shares(ever, batches, {'':[u.ever_active for u in updates]})
+    _draw_shares(ever, {label.removesuffix(', '):(us,'ever_active') for label,us in groups.items()})
     ever.set(ylabel='ever connected', ylim=(0,1.1*max(u.ever_active for u in updates)))
-    n = max(len(self.lrs), batches[-1]+1)
-    _draw_layers(layers, [*batches,n], sparsities)
+    n = max(len(self.lrs), updates[-1].batch+1)
+    _draw_layers(layers, [*(u.batch for u in updates),n], sparsities)
     layers.set(xlabel='batch', xlim=(0,n))
     return ax
+
+def _by_callback(updates):
+    "Start of a label -> updates; each callback is known by its first layer, a single one by nothing"
+    res = {}
+    for u in updates: res.setdefault(f'{first(u.sparsities)}, ', []).append(u)
+    return res if len(res)>1 else {'':updates}
 
 def _carried_on(updates):
     "Name -> sparsity after each update, NaN before the first that knows the name; each callback knows only its own layers"
@@ -46,8 +52,9 @@ def _carried_on(updates):
         for n,values in res.items(): values.append(u[n] if n in u else values[-1] if values else np.nan)
     return res
 
-def _draw_shares(ax, xs, lines):
-    for label,ys in lines.items(): ax.plot(xs, ys, '.-' if len(xs)<=60 else '-', label=label, ms=4)
+def _draw_shares(ax, lines):
+    for label,(updates,attr) in lines.items():
+        ax.plot([u.batch for u in updates], [getattr(u, attr) for u in updates], '.-' if len(updates)<=60 else '-', label=label, ms=4)
     as_percent(ax.yaxis, ax)
     if len(lines)>1: ax.legend(frameon=False, fontsize='small')
 

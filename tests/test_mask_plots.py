@@ -50,7 +50,11 @@ def test_two_callbacks_have_layers_of_their_own():
     updates = learn.recorder.mask_updates
     assert {tuple(u.sparsities) for u in updates}=={('0.weight',),('2.weight',)}
     ax = learn.recorder.plot_mask_updates()
-    layers,names = ax.child_axes[2],list(dict.fromkeys(n for u in updates for n in u.sparsities))
+    moves,ever,layers = ax.child_axes
+    names = list(dict.fromkeys(n for u in updates for n in u.sparsities))
+    of_each = {n:[u for u in updates if n in u.sparsities] for n in names}
+    assert {l.get_label():l.get_ydata().tolist() for l in ever.lines}=={n:[u.ever_active for u in us] for n,us in of_each.items()}
+    assert {l.get_label():l.get_xdata().tolist() for l in moves.lines}=={f'{n}, {o}':[u.batch for u in us] for n,us in of_each.items() for o in ('dropped','new')}
     assert [t.get_text() for t in layers.get_yticklabels()]==names
     shown = np.ma.filled(layers.collections[0].get_array().reshape(2, len(updates)), np.nan)
     final = {n:[u.sparsities[n] for u in updates if n in u.sparsities][-1] for n in names}

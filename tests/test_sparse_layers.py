@@ -458,6 +458,49 @@ def test_inference_unused_and_shared():
     fast,report = to_sparse_inference(model, (torch.randn(2,8), torch.tensor(2.)))
     assert [r.status for r in report.rows]==['shared by several layers','not used by the example']
 
+@pytest.mark.parametrize('split', [False,True])
+def test_inference_of_models_that_read_weights(split, monkeypatch):
+    "A layer that is not only called has a weight to be read, whatever its kernel"
+    class Reads(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b = nn.Linear(256,64),nn.Linear(64,8)
+        def forward(self, x): return self.b(self.a(x).relu())+self.a.weight.mean()+self.b.weight.sum()
+    model,x = Reads().eval(),torch.randn(16,256)
+    sparsify_model(model, .9)
+    best = 'embedding bags' if split else 'CSR'
+    monkeypatch.setattr(inference, '_part_widths', lambda module, inputs: [100])
+    monkeypatch.setattr(inference, '_fastest', lambda candidates, n: {k:.5 if k.startswith(best) else 10. if k=='dense' else 1. for k in candidates})
+    fast,report = to_sparse_inference(model, x)
+    assert all(r.status.startswith(best) for r in report.rows)
+    torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+
+def test_inference_of_layers_that_run_in_one_piece(monkeypatch):
+    "PyTorch's transformer layers read the weights of linear layers that they don't call; if they call them, what they get is seen"
+    monkeypatch.setattr(inference, '_fastest', lambda candidates, n: {k:10. if k=='dense' else 1. for k in candidates})
+    for batch_first in (True,False):
+        model,x = nn.TransformerEncoderLayer(16, 2, 32, batch_first=batch_first).eval(),torch.randn(3,5,16)
+        sparsify_model(model, .9)
+        fast,report = to_sparse_inference(model, x)
+        assert {r.layer:r.status=='not used by the example' for r in report.rows if r.layer.startswith('linear')}=={'linear1':batch_first,'linear2':batch_first}
+        with torch.no_grad(): torch.testing.assert_close(fast(x), model(x), rtol=1e-5, atol=1e-6)
+
+def test_inference_of_a_model_that_is_slower_as_a_whole(monkeypatch):
+    monkeypatch.setattr(inference, '_fastest', lambda candidates, n: {k:10. if (k=='dense')==('sparse' not in candidates) else 1. for k in candidates})
+    model,x = wide(64).eval(),torch.randn(5,64)
+    fast,report = to_sparse_inference(model, x)
+    assert report.summary==f'0 of {len(report.rows)} layers sparse' and torch.equal(fast(x), model(x))
+    assert any(r.status.startswith('the model is slower with ') for r in report.rows) and all(type(a) is type(b) for a,b in zip(fast, model))
+
+def test_inference_leaves_a_forward_of_its_own():
+    model,x = nn.Sequential(nn.Linear(8,8), nn.Linear(8,2)).eval(),torch.randn(2,8)
+    sparsify_model(model, .9)
+    model[1].forward = partial(torch.sum, dim=1)
+    fast,report = to_sparse_inference(model, x)
+    assert report.rows[1].status=='has hooks, or a forward of its own' and torch.equal(fast(x), model(x)) and 'forward' not in vars(fast[0])
+
+@pytest.mark.parametrize('wrong', [dict(tol=-1), dict(tol='a'), dict(min_sparsity=2), dict(n_rounds=0), dict(n_rounds='3'), dict(n_rounds=1.5), dict(n_rounds=True)], ids=str)
+def test_inference_refuses_arguments(wrong):
+    with pytest.raises(ValueError, match=f'to_sparse_inference: {first(wrong)} must be'): to_sparse_inference(wide(8), torch.randn(2,8), **wrong)
+
 @pytest.mark.parametrize('example', [None, torch.randn(2,5), (torch.randn(2,8),None)])
 def test_inference_says_what_it_needs(example):
     model = nn.Sequential(nn.Linear(8,8))

@@ -68,7 +68,7 @@ def _best_of(candidates, scores, n):
 # %% ../../nbs/15a_callback.dynamic.ipynb #5212d448
 @dataclass(frozen=True)
 class MaskUpdate:
-    "What one update of the masks did; `recorder.mask_updates` holds those of the last fit"
+    "What one update of the masks did; `recorder.mask_updates` holds those of the last fit that had a callback for them"
     batch:int # Batches of this fit before the update
     epoch:float # Epochs trained, over all fits
     fraction:float # Share of the connections that was dropped
@@ -86,7 +86,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         if not isinstance(self.calculator, (Unstructured,ConstantFanIn,NM,Block,Slice)): raise ValueError(f"{type(self).__name__}: connections of mask_type {mask_type!r} can't be exchanged one by one")
         self._pattern = getattr(self.calculator, 'sparsity', None)
         if self._pattern: self._check_pattern(sparsity, mask_type, redistribute_f)
-        self._sparsity,self._fraction,self._every,self._drop_func = sparsity,fraction,every,schedule if callable(schedule) else drop_funcs[schedule]
+        self._sparsity,self._fraction,self._every,self._schedule = sparsity,fraction,every,schedule
         self._distribution = sparse_init_f or (uniform if self._pattern else erdos_renyi_kernel)
         self.needs_dense_grad = False
         self._check_criteria(num_grads, keep_f=keep_f, grow_f=grow_f, redistribute_f=redistribute_f or magnitude, sparse_init_f=self._distribution)
@@ -112,7 +112,8 @@ class DropAndGrow(PruningModifier, abstract=True):
                    )->float: # Share of the connections to exchange
         "The drop fraction that the schedule promises"
         start,end = self.window
-        return self._fraction*self._drop_func((epoch-start)/(end-start))
+        drop_func = self._schedule if callable(self._schedule) else drop_funcs[self._schedule]
+        return self._fraction*drop_func((epoch-start)/(end-start))
 
     def reset(self):
         super().reset()
@@ -163,6 +164,13 @@ class DropAndGrow(PruningModifier, abstract=True):
         if abs(found-expected)>.01*numel:
             raise ValueError(f"{type(self).__name__}: sparsity {sparsity} was asked for, but the model's masks have {found/numel:.4g}: ask for that, or let go of them with make_permanent")
 
+    def _start_anew(self):
+        "Its masks have gone, or are those of another model"
+        self._ever = {}
+        self._start(self._done)
+
+    def go_on(self): self._ever = {n:m.cpu() for n,m in self._ever.items()}
+
     def _check_masks(self):
         for p in self._params:
             if type(self.calculator) is Unstructured or self.has_pattern(outputs_first(p, p.mask)): continue
@@ -187,7 +195,8 @@ class DropAndGrow(PruningModifier, abstract=True):
 
     def fit_starts(self):
         super().fit_starts()
-        self._gathered,self._is_due,self._is_accumulating = {},False,False
+        if self._started and self._params and _are_dense(self._params): self._start_anew()
+        self._gathered,self._is_due,self._is_accumulating,self._n_connections = {},False,False,0
         self.recount(self._done+(self.resumed_at or 0))
         start,end = self.window
         if self._fraction and self._first_update()>=(min(end, self._done+self.n_epoch)-start)*len(self.dls.train)-1e-6:
@@ -196,9 +205,14 @@ class DropAndGrow(PruningModifier, abstract=True):
 
     def recount(self, epoch):
         self._steps = self._steps_before(epoch-self._done)
-        self._unit = self._every if isinstance(self._every, int) else self._every*len(self.dls.train)
+        self._unit,self._late = self._period()
         self._n_gathered = self.num_grads*(1 if isinstance(self._every, int) else self._batches_a_step())
         self._next = self._next_update(self._clock(epoch))
+
+    def _period(self):
+        "What `_clock` counts from one update to the next, and by how much an update comes before the end of its period"
+        if isinstance(self._every, int): return self._every+self.replace_step,1
+        return max(self._every*len(self.dls.train), 2*self._batches_a_step()*self.replace_step),1-self.replace_step
 
     def _first_update(self):
         "Batches before that of the first update"
@@ -212,14 +226,13 @@ class DropAndGrow(PruningModifier, abstract=True):
     def _steps_before(self, epoch): return math.ceil(epoch*len(self.dls.train)-1e-6)//self._batches_a_step()
 
     def _clock(self, epoch):
-        "What `every` counts, since the window opened: optimizer steps, or batches"
+        "What `every` counts, since the window opened: optimizer steps, those that an update replaced included, or batches"
         return self._steps if isinstance(self._every, int) else math.ceil((epoch-self.window[0])*len(self.dls.train)-1e-6)
 
     def _next_update(self, clock):
-        "The next update falls on the first multiple of `every` from `clock` on; if it follows a step, it is planned for that step"
-        late = 0 if self.replace_step else 1
-        k = max(1, math.ceil((clock+late)/self._unit-1e-6))
-        return math.ceil(k*self._unit-1e-6)-late
+        "The first end of a period from `clock` on"
+        k = max(1, math.ceil((clock+self._late)/self._unit-1e-6))
+        return math.ceil(k*self._unit-1e-6)-self._late
 
     def _is_open(self):
         start,end = self.window
@@ -271,7 +284,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         counts = self.counts(live, contexts, share)
         changes = [self.change(p, c, *n) for p,c,n in zip(live, contexts, counts)]
         self._gathered = {}
-        if not self._ever: self._ever = {p.name:p.mask.flatten().cpu().numpy().copy() for p in self._params}
+        if not self._ever: self._ever = {p.name:p.mask.flatten().cpu().clone() for p in self._params}
         enforcer = self.learn.mask_enforcer
         if not enforcer._trusted: enforcer._mask_all()  # what grows must be 0, and an unknown optimizer has just moved it
         for p,change in zip(live, changes): p.exchange(*change, self.opt)
@@ -301,14 +314,20 @@ class DropAndGrow(PruningModifier, abstract=True):
         needs = [_mean(_scores(p, self.redistribute_f, c), c['mask'].flatten(), n) for p,c,n in zip(live, contexts, had)]
         for p,need in zip(live, needs):
             if not 0<=need<math.inf: raise ValueError(f"{p.name}: its connections score {need:g} in the mean, so that they can't be redistributed: scores must be finite and not negative")
-        return list(zip(had, keep, [k+n for k,n in zip(least, water_fill(sum(had)-sum(least), needs, [p.numel-k for p,k in zip(live, least)]))]))
+        caps = [p.numel-k for p,k in zip(live, least)]
+        return list(zip(had, keep, [k+n for k,n in zip(least, water_fill(min(max(0, self._n_live(live)-sum(least)), sum(caps)), needs, caps))]))
+
+    def _n_live(self, live):
+        "Connections for `live` so that the network has as many as when the fit began, although groups make each layer's number a rounded one"
+        self._n_connections = self._n_connections or sum(p.n_kept for p in self._params)
+        return self._n_connections - sum(p.n_kept for p in self._params if all(p is not o for o in live))
 
     def _note(self, batch, share, live, counts, changes):
         "What an update has done"
-        for p,(_,grown) in zip(live, changes): self._ever[p.name][grown.cpu().numpy()] = True
+        for p,(_,grown) in zip(live, changes): self._ever[p.name].numpy()[grown.cpu().numpy()] = True
         known = {p.name:had-len(dropped)+len(grown) for p,(had,*_),(dropped,grown) in zip(live, counts, changes)}
         n_active,numels = {p.name:known.get(p.name, 0) or p.n_kept for p in self._params},{p.name:p.numel for p in self._params}
-        n_new,n_ever = sum(len(grown) for _,grown in changes),sum(map(np.count_nonzero, self._ever.values()))
+        n_new,n_ever = sum(len(grown) for _,grown in changes),sum(map(n_kept, self._ever.values()))
         return MaskUpdate(batch, self.now, share, {n:1-k/max(1, numels[n]) for n,k in n_active.items()}, n_new/max(1, sum(n_active.values())), n_ever/max(1, sum(numels.values())))
 
 def _are_dense(params): return all(p.n_kept==p.numel for p in params)

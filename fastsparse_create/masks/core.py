@@ -8,6 +8,7 @@ __all__ = ['n_zeros', 'keep_highest', 'pick', 'MaskType', 'Unstructured', 'globa
 # %% ../../nbs/00_masks.core.ipynb #6f2fa62a
 import math,re,numpy as np,torch
 from difflib import get_close_matches
+from numbers import Real
 from torch import Tensor
 
 # %% ../../nbs/00_masks.core.ipynb #a40c2fb9
@@ -56,7 +57,8 @@ def _top_sampled(scores, n):
 def n_zeros(numel:int, # Number of elements (or of groups that are pruned as one)
             sparsity:float, # Share of zeros, in [0,1]
            )->int: # `round(numel*sparsity)`, but below a sparsity of 1 at most `numel-1`
-    "The number of zeros that a `sparsity` promises; raises `ValueError` outside of [0,1]"
+    "The number of zeros that a `sparsity` promises; raises `ValueError` outside of [0,1], `TypeError` for what is no number"
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real): raise TypeError(f"sparsity must be a number, got {sparsity!r}")
     if not 0<=sparsity<=1: raise ValueError(f"sparsity must be in [0,1], got {sparsity}")
     return numel if sparsity==1 else min(round(numel*sparsity), max(0, numel-1))
 

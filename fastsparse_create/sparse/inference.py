@@ -6,10 +6,11 @@
 __all__ = ['CSRLinear', 'SplitLinear', 'SparseConv2d', 'InferenceRow', 'largest_difference', 'to_sparse_inference']
 
 # %% ../../nbs/61_sparse.inference.ipynb #f4558fcd
-import time,torch,torch.nn.functional as F
+import math,time,torch,torch.nn.functional as F
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from torch import nn,Tensor
 from ..masking import *
 from ..permutation.rules import tensors_in
@@ -27,12 +28,19 @@ class CSRLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x):
-        quiet_csr()
         x = checked_input(self, x, self.values.dtype)
-        weight = torch.sparse_csr_tensor(self.crow_indices, self.col_indices, self.values, (self.out_features,self.in_features), check_invariants=False)
-        with torch.autocast(x.device.type, enabled=False): y = weight @ by_feature(x)
+        with torch.autocast(x.device.type, enabled=False): y = self._matrix() @ by_feature(x)
         if self.bias is not None: y += self.bias[:,None]
         return y.t().reshape(*x.shape[:-1], self.out_features)
+
+    def _matrix(self):
+        quiet_csr()
+        return torch.sparse_csr_tensor(self.crow_indices, self.col_indices, self.values, (self.out_features,self.in_features), check_invariants=False)
+
+    @property
+    def weight(self)->Tensor:
+        "A dense copy of the weights"
+        return self._matrix().to_dense()
 
     def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}, connections={len(self.values):,}, bias={self.bias is not None}"
 
@@ -56,6 +64,11 @@ class SplitLinear(nn.Module):
             y = more if y is None else y.add_(more)
         if self.bias is not None: y += self.bias[:,None]
         return y.t().reshape(*x.shape[:-1], self.out_features)
+
+    @property
+    def weight(self)->Tensor:
+        "A dense copy of the weights"
+        return torch.cat([p.weight for p in self.parts], 1)
 
     def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
@@ -118,12 +131,16 @@ class InferenceRow:
 def _inputs_seen(model, modules, example):
     "Module -> the inputs that it gets when `model` runs on `example`"
     seen = {m:[] for m in modules}
-    handles = [m.register_forward_pre_hook(lambda m,args: seen[m].extend(x.detach().clone() for x in args if isinstance(x, Tensor))) for m in modules]
+    for m in seen: m.forward = partial(_noting, m.forward, seen[m])  # hooks would keep PyTorch's transformers from their fast path, which calls no layer
     try: model(*example)
     except Exception as e: raise ValueError(f"to_sparse_inference: the model can't be run on the example, give a batch or a tuple of arguments: {type(e).__name__}: {e}") from e
     finally:
-        for h in handles: h.remove()
+        for m in seen: del m.forward
     return seen
+
+def _noting(forward, seen, *args, **kwargs):
+    seen.extend(x.detach().clone() for x in args if isinstance(x, Tensor))
+    return forward(*args, **kwargs)
 
 def _now():
     if torch.cuda.is_initialized(): torch.cuda.synchronize()
@@ -156,7 +173,7 @@ def _why_not(model, site, min_sparsity=0):
     if not _has_kernels(module): return f"no sparse kernel for this {type(module).__name__}"
     if module is model: return "the model itself, put it into a Sequential"
     if site.param.dtype not in (torch.float32,torch.float64): return f"{site.param.dtype}".removeprefix('torch.')
-    if module._forward_hooks or module._forward_pre_hooks: return "has hooks"
+    if module._forward_hooks or module._forward_pre_hooks or 'forward' in vars(module): return "has hooks, or a forward of its own"
     return f"sparsity below {min_sparsity:g}" if _zeros(site)<min_sparsity else ''
 
 def _zeros(site): return 1-site.param.count_nonzero().item()/max(1, site.param.numel())
@@ -182,6 +199,7 @@ def to_sparse_inference(model:nn.Module, # Finished model; it isn't changed
                         n_rounds:int=10, # How often a layer is timed
                        )->tuple: # A copy of the model for inference, and a `LayerReport` of `InferenceRow`s
     "Give a copy of `model` sparse kernels where they are faster on the shapes of `example`, and its outputs are the same"
+    _check_arguments(tol, min_sparsity, n_rounds)
     example = example if type(example) in (tuple,list) else (example,)
     dense = _finished(model)
     sites = prunable(dense)
@@ -199,12 +217,20 @@ def to_sparse_inference(model:nn.Module, # Finished model; it isn't changed
     for n,(_,layer) in swaps.items(): _replace(res, n, layer.requires_grad_(False))
     _roll_back(res, dense, example, tol, swaps, rows)
     others = [n for n in sites if n not in swaps and not rows[n][-1].startswith('rolled back')]
-    if swaps: _roll_back(res, dense, example, tol, _transpose(res, others, example, tol, n_rounds, rows), rows)
-    summary = f"{len(swaps)} of {len(rows)} layers sparse"
-    if swaps:
-        ms = _fastest({'dense':lambda: dense(*example), 'sparse':lambda: res(*example)}, n_rounds)
-        summary += f"; the example takes {ms['sparse']:.2f} ms instead of {ms['dense']:.2f} ms"
-    return res,LayerReport([InferenceRow(*r) for r in rows.values()], summary)
+    transposed = _transpose(res, others, example, tol, n_rounds, rows) if swaps else {}
+    _roll_back(res, dense, example, tol, transposed, rows)
+    ms = _fastest({'dense':lambda: dense(*example), 'sparse':lambda: res(*example)}, n_rounds) if swaps else None
+    if ms and ms['sparse']>=ms['dense']:
+        for n in [*swaps, *transposed]: rows[n][-1] = f"the model is slower with {rows[n][-1]}"
+        res,swaps,ms = deepcopy(dense),{},None
+    took = f"; the example takes {ms['sparse']:.2f} ms instead of {ms['dense']:.2f} ms" if ms else ''
+    return res,LayerReport([InferenceRow(*r) for r in rows.values()], f"{len(swaps)} of {len(rows)} layers sparse{took}")
+
+def _check_arguments(tol, min_sparsity, n_rounds):
+    for name,value,low,high in (('tol',tol,0,math.inf),('min_sparsity',min_sparsity,0,1),('n_rounds',n_rounds,1,math.inf)):
+        accepted = f"in [{low}, {high}]" if high<math.inf else f"at least {low}"
+        if isinstance(value, bool) or not isinstance(value, Real) or not low<=value<=high: raise ValueError(f"to_sparse_inference: {name} must be a number, {accepted}, got {value!r}")
+    if n_rounds!=int(n_rounds): raise ValueError(f"to_sparse_inference: n_rounds must be a whole number, got {n_rounds!r}")
 
 def _shapes(inputs): return ', '.join(dict.fromkeys('×'.join(map(str, x.shape)) for x in inputs))
 
