@@ -36,7 +36,7 @@ def check_criterion(owner:str, # Who takes it, for the message
     "Raises `TypeError` if `f` is not a function that takes all of `context`"
     if not callable(f): raise TypeError(f"{owner}: {name} must be a function, got {f!r}")
     try: takes = inspect.signature(f).parameters
-    except ValueError: raise TypeError(f"{owner}: {name} is called by name, which {f!r} doesn't support: give it as `lambda param, **_: ...`") from None
+    except ValueError: raise TypeError(f"{owner}: {name} is called with keyword arguments, which {f!r} doesn't take: give it as `lambda param, **_: ...`") from None
     missing = [n for n in context if n not in takes and all(p.kind!=p.VAR_KEYWORD for p in takes.values())]
     if missing: raise TypeError(f"{owner}: {name} is called with {', '.join(context)}; {getattr(f, '__name__', f)!r} doesn't take {', '.join(missing)}: add **_ to its arguments")
     return f

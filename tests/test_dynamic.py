@@ -814,7 +814,7 @@ def test_layouts_and_precisions(method, dtype, around):
     (dict(seed=None), TypeError, 'seed must be a whole number, got None'), (dict(seed=1.5), TypeError, 'seed must be a whole number, got 1.5'),
     (dict(sparsity=math.nan), ValueError, 'sparsity must be in'), (dict(sparsity=[.5,.5]), TypeError, 'sparsity must be a number'),
     (dict(fraction=1.1), ValueError, r'fraction must be in \[0, 1\], got 1.1'), (dict(fraction=None), TypeError, 'fraction must be a number, got None'),
-    (dict(every=0), ValueError, 'every must be above 0, got 0'), (dict(every=-.5), ValueError, 'every must be at least 0, got -0.5'),
+    (dict(keep_f=torch.abs), TypeError, 'keep_f is called with keyword arguments'), (dict(every=0), ValueError, 'every must be above 0, got 0'), (dict(every=-.5), ValueError, 'every must be at least 0, got -0.5'),
     (dict(every=True), TypeError, 'every must be a number, got True'), (dict(every='1'), TypeError, "every must be a number, got '1'"), (dict(every=math.inf), ValueError, 'every must be'),
     (dict(T_end=0), ValueError, 'T_end must be above 0, got 0'), (dict(T_end=1.5), ValueError, r'T_end must be in \[0, 1\], got 1.5'),
     (dict(schedule='cosin'), ValueError, "schedule 'cosin' is not known, did you mean 'cosine'"), (dict(schedule=3), ValueError, 'schedule 3 is not known'),

@@ -92,6 +92,11 @@ def test_number_of_zeros(numel, sparsity, zeros):
 def test_counts_of_eight(sparsity, zeros):
     assert n_masked(Unstructured()(torch.tensor([.1,.9,.3,.7,.5,.2,.8,.4]), sparsity))==zeros
 
+@pytest.mark.parametrize('sparsity', ['0.9', [.5], True, None, torch.tensor(.5)], ids=str)
+def test_sparsity_is_a_number(sparsity):
+    for f in (lambda: n_zeros(10, sparsity), lambda: Unstructured()(torch.ones(4), sparsity)):
+        with pytest.raises(TypeError, match='sparsity must be a number, got'): f()
+
 @pytest.mark.parametrize('sparsity', [-.1,1.1,math.nan,math.inf])
 def test_sparsity_outside_of_0_to_1(sparsity):
     for f in (lambda: n_zeros(10, sparsity), lambda: Unstructured()(torch.ones(4), sparsity), lambda: global_masks([torch.ones(4)], sparsity)):
