@@ -387,12 +387,10 @@ def test_steps_between_updates(every):
     learn.fit(1, cbs=RigL(.6, every=every, T_end=1.))
     assert [int(i in stepped) for i in range(20)]==([*[1]*every,0]*20)[:20] and updated_at(learn)==[i for i in range(20) if i not in stepped]
 
-@pytest.mark.parametrize('every', [1e-9,.05])
-def test_epochs_that_are_shorter_than_a_step(every):
-    "Every second step is one of the optimizer's"
-    learn = tiny_learner(n_trn=10)
-    learn.fit(1, cbs=RigL(.6, every=every, T_end=1.))
-    assert updated_at(learn)==[2,4,6,8]
+@pytest.mark.parametrize('every,replaces_most', [(1e-9,True),(.1,True),(.19,True),(.2,False),(1,False)])
+def test_updates_instead_of_training_are_warned_of(every, replaces_most, caplog):
+    tiny_learner(n_trn=10).fit(1, cbs=RigL(.6, every=every, T_end=1.))
+    assert ('updates take the place of most steps' in caplog.text)==replaces_most
 
 @pytest.mark.parametrize('method', [RigL,SET])
 @pytest.mark.parametrize('every', [1,5,29,.25,1.,.77,1.5])

@@ -201,6 +201,8 @@ class DropAndGrow(PruningModifier, abstract=True):
         start,end = self.window
         if self._fraction and self._first_update()>=(min(end, self._done+self.n_epoch)-start)*len(self.dls.train)-1e-6:
             logger.warning(f"{type(self).__name__}: connections stay as they are, the first update (every={self._every}) lies after the last moment for one")
+        if self._fraction and self.replace_step and isinstance(self._every, float) and self._unit<2*self._batches_a_step():
+            logger.warning(f"{type(self).__name__}: updates take the place of most steps, so that weights hardly train: every={self._every} epochs is less than two steps")
         if hasattr(self.learn, 'recorder'): self.learn.recorder.mask_updates = []
 
     def recount(self, epoch):
@@ -212,7 +214,7 @@ class DropAndGrow(PruningModifier, abstract=True):
     def _period(self):
         "What `_clock` counts from one update to the next, and by how much an update comes before the end of its period"
         if isinstance(self._every, int): return self._every+self.replace_step,1
-        return max(self._every*len(self.dls.train), 2*self._batches_a_step()*self.replace_step),1-self.replace_step
+        return self._every*len(self.dls.train),1-self.replace_step
 
     def _first_update(self):
         "Batches before that of the first update"
