@@ -30,9 +30,9 @@ def plot_mask_updates(self:Recorder,
     n_layers = len(sparsities)
     ax,(moves,ever,layers) = stacked_panels(ax, [1.4,1.2,.1+n_layers*(.22 if n_layers<=20 else .14)])
     groups = _by_callback(updates)
-    _draw_shares(moves, {f'{label}{name}':(us,attr) for label,us in groups.items() for name,attr in (('dropped','fraction'),('new','churn'))})
+    _draw_shares(moves, {', '.join(filter(None, (layer,what))):(us,attr) for layer,us in groups.items() for what,attr in (('dropped','fraction'),('new','churn'))})
     moves.set(ylabel='connections', ylim=(0,1.1*max(.01, *(max(u.fraction, u.churn) for u in updates))))
-    _draw_shares(ever, {label.removesuffix(', '):(us,'ever_active') for label,us in groups.items()})
+    _draw_shares(ever, {layer:(us,'ever_active') for layer,us in groups.items()})
     ever.set(ylabel='ever connected', ylim=(0,1.1*max(u.ever_active for u in updates)))
     n = max(len(self.lrs), updates[-1].batch+1)
     _draw_layers(layers, [*(u.batch for u in updates),n], sparsities)
@@ -40,9 +40,9 @@ def plot_mask_updates(self:Recorder,
     return ax
 
 def _by_callback(updates):
-    "Start of a label -> updates; each callback is known by its first layer, a single one by nothing"
+    "First layer of a callback -> its updates; a single callback needs no name"
     res = {}
-    for u in updates: res.setdefault(f'{first(u.sparsities)}, ', []).append(u)
+    for u in updates: res.setdefault(first(u.sparsities), []).append(u)
     return res if len(res)>1 else {'':updates}
 
 def _carried_on(updates):
