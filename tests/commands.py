@@ -24,6 +24,6 @@ def refused(capsys, *args, command='training-aware'):
 def quick(monkeypatch):
     "No report and no ONNX files: these take most of the time of a small run"
     monkeypatch.setattr(module, 'experiment_page', lambda exp: '')
-    monkeypatch.setattr(module.Experiment, '_deploy', lambda self, out: module.pd.DataFrame([{'what':'nothing', 'metric':0., 'ms':0., 'times_as_fast':0., 'MB':0.}]))
+    monkeypatch.setattr(module.Experiment, '_deploy', lambda self, out: (module.pd.DataFrame([{'what':'nothing', 'metric':0., 'ms':0., 'times_as_fast':0., 'MB':0.}]),None))
 
 __all__ = ['quick','refused','rows','run']

@@ -1,5 +1,6 @@
 "The command line and the experiment behind it: arguments to exit codes, images to artifacts."
 import base64,re,subprocess,sys
+from dataclasses import replace
 import pytest
 from fastai.vision.all import Callback,Image,Learner,Path,get_image_files,get_random_states,load_learner,np,random,shutil,torch
 from fastsparse_create.cli import main
@@ -7,7 +8,7 @@ from fastsparse_create.experiment import core as module
 from fastsparse_create.experiment.data import load_images
 from fastsparse_create.experiment.models import *
 from fastsparse_create.experiment.training_aware import TrainingAware,training_aware
-from fastsparse_create.export.onnx import OnnxModel,onnx_ops
+from fastsparse_create.export.onnx import OnnxModel,export_onnx,onnx_ops
 from fastsparse_create.masking import measured_sparsity
 from fastsparse_create.quantization.convert import is_quantized
 from fastsparse_create.recipe.generate import generate_recipe
@@ -127,6 +128,17 @@ def test_low_optim_levels_prune_nothing(level, models, said, tmp_path):
     assert 'EpochRangeModifier' in (folder/'recipe.yaml').read_text()
     assert is_quantized(load_model(folder/'model.pth'))==(level=='0.2')
     assert ('QLinearConv' in onnx_ops(folder/'model.onnx', optimized=True))==(level=='0.2')
+
+@pytest.mark.parametrize('saturates', [True,False])
+def test_results_of_a_processor_whose_sums_saturate_are_explained(saturates, tmp_path, monkeypatch, capsys):
+    made = []
+    def exported(*args, **kwargs):
+        made.append(replace(export_onnx(*args, **kwargs), saturates=saturates and kwargs['int8']))
+        return made[-1]
+    monkeypatch.setattr(module, 'export_onnx', exported)
+    folder = run(tmp_path, *small, *digits, '--optim-level', '0.2')
+    for text in ((folder/'report.html').read_text(),capsys.readouterr().out): assert ('saturate on this processor' in text and 'where they are exact' in text)==saturates
+    assert [m.int8 for m in made]==[False,True]
 
 def test_for_onnxruntime_channels_are_removed(images, tmp_path):
     folder = run(tmp_path, '--use-case', 'ic', '--model', 'resnet18', '--data', images, '--target', 'onnxruntime', '--epochs', '2', '--train-kwargs', '{"bs": 8}')

@@ -40,7 +40,7 @@ def stop_at(monkeypatch, run, epoch, error=Stopped('stopped')):
 def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as m:
         m.setattr('fastsparse_create.experiment.core.experiment_page', lambda exp: '')
-        m.setattr('fastsparse_create.experiment.core.Experiment._deploy', lambda self, out: __import__('pandas').DataFrame([{'what':'nothing'}]))
+        m.setattr('fastsparse_create.experiment.core.Experiment._deploy', lambda self, out: (__import__('pandas').DataFrame([{'what':'nothing'}]),None))
         return TrainingAware(**kwargs, epochs=3, working_dir=tmp_path_factory.mktemp('whole')).run(show_bar=False).folder
 
 @pytest.mark.parametrize('at', [(1,1),(2,1),(2,2)])

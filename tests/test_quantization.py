@@ -577,16 +577,19 @@ def test_transposed_convolutions_are_deployed(groups, bias, tmp_path):
     export_onnx(model, tmp_path/'m.onnx', x, int8=True)
     assert exact_rms(tmp_path/'m.onnx', model)<=.01
 
-def test_saturating_sums_are_told(tmp_path, caplog):
+@pytest.mark.parametrize('tol', [None,.9])
+def test_saturating_sums_are_told(tmp_path, caplog, tol):
     "Files are right on any processor; of one that lets sums of products saturate, a warning says so, and what to do"
     torch.manual_seed(0)
     model,x = nn.Sequential(nn.Linear(64, 8)).eval(),torch.rand(16, 64)+.5
     nn.init.uniform_(model[0].weight, .9, 1.), nn.init.zeros_(model[0].bias)
     quantize_(model, x)
-    found = export_onnx(model, tmp_path/'m.onnx', x, int8=True)
-    assert exact_rms(tmp_path/'m.onnx', model, x)<=.01 and (found.rel_rms>.1)==("saturate on this processor" in caplog.text)==("'reduce_range'" in caplog.text)
+    found = export_onnx(model, tmp_path/'m.onnx', x, int8=True, tol=tol)
+    assert exact_rms(tmp_path/'m.onnx', model, x)<=.01
+    assert (found.rel_rms>.1)==found.saturates==("m.onnx: ONNX Runtime's sums of 8-bit products saturate on this processor" in caplog.text)==("'reduce_range'" in caplog.text)
     quantize_(reduced := nn.Sequential(copy.deepcopy(dequantize_(model)[0])), x, 'reduce_range')
-    assert export_onnx(reduced, tmp_path/'r.onnx', x, int8=True).rel_rms<=.02
+    in_half = export_onnx(reduced, tmp_path/'r.onnx', x, int8=True, tol=tol)
+    assert in_half.rel_rms<=.02 and not in_half.saturates
 
 def test_what_was_not_observed_is_not_rounded():
     torch.manual_seed(0)
