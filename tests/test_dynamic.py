@@ -826,7 +826,7 @@ def test_layouts_and_precisions(method, dtype, around):
     (dict(mask_type='2:4', sparsity=.9), ValueError, "sparsity must be 0.5 for mask_type '2:4', got 0.9"),
     (dict(mask_type='2:4', redistribute_f=gradient), ValueError, "mask_type '2:4' has the same sparsity everywhere")])
 def test_bad_arguments(kwargs, error, message):
-    with pytest.raises(error, match=f'^DynamicSparseTrainingCallback: .*{message}'): RigL(**kwargs)
+    with pytest.raises(error, match=f'^RigL: .*{message}'): RigL(**kwargs)
 
 def test_unknown_pattern_is_named():
     with pytest.raises(ValueError, match="mask_type: 'blok4' is not known, did you mean 'block4'"): RigL(mask_type='blok4')
@@ -867,7 +867,7 @@ def test_modifiers_repeat_themselves(cls):
 def test_contradicting_sparsity_is_refused_before_anything_changes(method):
     learn = sparse_learner(.6)
     before = weights(learn.model),masks(learn.model)
-    with pytest.raises(ValueError, match="DynamicSparseTrainingCallback: sparsity 0.9 was asked for, but the model's masks have 0.5994: ask for that"): learn.fit(1, cbs=method(.9, every=2))
+    with pytest.raises(ValueError, match=f"{method.__name__}: sparsity 0.9 was asked for, but the model's masks have 0.5994: ask for that"): learn.fit(1, cbs=method(.9, every=2))
     assert same(before[0], weights(learn.model)) and same(before[1], masks(learn.model))
     learn.fit(1, cbs=method(.6, every=2))
 
@@ -875,6 +875,47 @@ def test_contradicting_sparsity_is_refused_before_anything_changes(method):
 def test_masks_of_another_pattern_are_refused(kind):
     learn = sparse_learner(.5)
     with pytest.raises(ValueError, match=f"the mask of '0.weight' is not of mask_type '{kind}'"): learn.fit(1, cbs=RigL(every=2, mask_type=kind, params=['0.weight','2.weight']))
+
+@pytest.mark.parametrize('kind,mask_type,is_told', [('2:4','unstructured',True), ('1:4','unstructured',True), ('2:4','2:4',False), ('unstructured','unstructured',False)])
+def test_a_pattern_that_would_be_lost_is_told(kind, mask_type, is_told, caplog):
+    learn = tiny_learner()
+    sparsify_model(learn, ifnone(getattr(get_mask_type(kind), 'sparsity', None), .5), ['0.weight','2.weight'], uniform, mask_type=kind)
+    learn.fit(1, cbs=RigL(every=2, mask_type=mask_type, params=['0.weight','2.weight']))
+    assert (f"RigL: the masks are {kind}, which is lost when connections are exchanged one by one: mask_type='{kind}' keeps it" in caplog.text)==is_told
+
+def test_masks_of_frozen_layers_keep_what_they_have_learned():
+    "Weights that are frozen have been trained elsewhere: the largest stay, as they are; later fits go on from there"
+    learn = tiny_learner()
+    learn.model[0].requires_grad_(False)
+    before = learn.model[0].weight.clone()
+    learn.fit(1, cbs=RigL(.5, every=2, params=['0.weight']))
+    p, = masked_params(learn.model)
+    assert p.mask.equal(keep_highest(before.abs(), before.numel()//2)) and p.param.equal(before*p.mask)
+
+def test_presets_are_classes_that_fastai_makes():
+    learn = tiny_learner()
+    learn.add_cb(RigL)
+    assert [type(cb) for cb in learn.cbs if isinstance(cb, DynamicSparseTrainingCallback)]==[RigL] and isinstance(learn.dynamic_sparse_training, RigL)
+    learn.remove_cb(RigL)
+    assert not any(isinstance(cb, DynamicSparseTrainingCallback) for cb in learn.cbs)
+
+def test_numbers_of_numpy_are_numbers():
+    found = []
+    for number in (int,np.int64):
+        learn = tiny_learner()
+        learn.fit(2, cbs=SET(.5, every=number(3), seed=number(7)))
+        found.append((masks(learn.model),[u.batch for u in learn.recorder.mask_updates]))
+    assert same(found[0][0], found[1][0]) and found[0][1]==found[1][1]
+    assert RigL(np.float32(.5), T_end=np.float32(.5)).T_end==.5
+
+def test_no_window_without_a_fit():
+    cb,learn = RigL(.6, every=2),tiny_learner()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match='RigL: T_end is a share of a fit'): cb.fraction_at(1.)
+        learn.fit(1, cbs=cb)
+    learn.add_cb(cb)
+    learn.fit(2)
+    assert cb.fraction_at(cb.window[0])==.3
 
 def test_two_owners_of_a_layer_are_refused():
     with pytest.raises(ValueError, match="both prune '2.weight'"): tiny_learner().fit(1, cbs=[RigL(.6, params=['0.weight','2.weight']), SET(.6, params=['2.weight'])])
@@ -888,7 +929,7 @@ def test_redistribution_that_is_negative():
 
 @pytest.mark.parametrize('schedule', [lambda x: 4., lambda x: -1., lambda x: math.nan])
 def test_schedule_that_leaves_its_range(schedule):
-    with pytest.raises(ValueError, match=r'DynamicSparseTrainingCallback: fraction .*schedule.*must be in \[0, 1\]'): tiny_learner().fit(1, cbs=RigL(.6, every=2, schedule=schedule))
+    with pytest.raises(ValueError, match=r'RigL: fraction .*schedule.*must be in \[0, 1\]'): tiny_learner().fit(1, cbs=RigL(.6, every=2, schedule=schedule))
 
 @pytest.mark.parametrize('method,every,T_end,n_acc,is_futile', [
     (RigL,15,.75,None,True), (RigL,14,.75,None,False), (SET,15,.75,None,False), (SET,16,.75,None,True), (RigL,1.5,.75,None,True), (RigL,1.4,.75,None,False), (SET,1.5,.75,None,False),

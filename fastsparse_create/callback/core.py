@@ -263,7 +263,7 @@ def check_number(owner, # Object that the argument belongs to, for the message
                 )->float: # `value`
     "Check that an argument is a number in a range; raises `TypeError` or `ValueError` that names it"
     where = f"{type(owner).__name__}: {name}"
-    if isinstance(value, bool) or not isinstance(value, (int,float)): raise TypeError(f"{where} must be a number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int,float,np.integer,np.floating)): raise TypeError(f"{where} must be a number, got {value!r}")
     inside = low<value<high if is_open else low<=value<=high
     if not inside or not math.isfinite(value):
         span = f"{'between' if is_open else 'in'} {'(' if is_open else '['}{low}, {high}{')' if is_open else ']'}" if high<math.inf else f"{'above' if is_open else 'at least'} {low}"

@@ -8,6 +8,7 @@ __all__ = ['SET_kwargs', 'SNFS_kwargs', 'RigL_kwargs', 'drop_and_grow', 'MaskUpd
 
 # %% ../../nbs/15a_callback.dynamic.ipynb #c7cd0738
 from dataclasses import dataclass
+from numbers import Integral
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
 from .core import *
@@ -172,9 +173,15 @@ class DropAndGrow(PruningModifier, abstract=True):
     def go_on(self): self._ever = {n:m.cpu() for n,m in self._ever.items()}
 
     def _check_masks(self):
+        if type(self.calculator) is Unstructured: return self._tell_of_pattern()
         for p in self._params:
-            if type(self.calculator) is Unstructured or self.has_pattern(outputs_first(p, p.mask)): continue
+            if self.has_pattern(outputs_first(p, p.mask)): continue
             raise ValueError(f"{type(self).__name__}: the mask of {p.name!r} is not of mask_type {self.mask_type!r}: give the one that it was made with")
+
+    def _tell_of_pattern(self):
+        for n,m in ((1,2),(1,4),(2,4),(4,8)):
+            if self._params and all(_is_exactly(n, m, outputs_first(p, p.mask)) for p in self._params):
+                logger.warning(f"{type(self).__name__}: the masks are {n}:{m}, which is lost when connections are exchanged one by one: mask_type='{n}:{m}' keeps it")
 
     def has_pattern(self, mask):
         "Is it a mask that stays as it is if nothing is exchanged?"
@@ -182,9 +189,9 @@ class DropAndGrow(PruningModifier, abstract=True):
         except ValueError: return False
 
     def _make_masks(self, epoch):
-        "Random masks for networks that have not been trained; those of the largest weights later on"
+        "Random masks for networks that have not been trained; those of the largest weights later on, and of layers that are frozen: these have been trained elsewhere"
         sparsity = ifnone(self._sparsity, self._pattern or .9)
-        is_new = epoch==0
+        is_new = epoch==0 and all(p.param.requires_grad for p in self._params)
         sparsify_model(self.learn, sparsity, self._names, self._distribution, random_scores if is_new else magnitude, self.mask_type, seed=self.seed)
         if is_new:
             for p in self._params: keep_variance_(p.param, p.mask)
@@ -332,6 +339,8 @@ class DropAndGrow(PruningModifier, abstract=True):
         n_new,n_ever = sum(len(grown) for _,grown in changes),sum(map(n_kept, self._ever.values()))
         return MaskUpdate(batch, self.now, share, {n:1-k/max(1, numels[n]) for n,k in n_active.items()}, n_new/max(1, sum(n_active.values())), n_ever/max(1, sum(numels.values())))
 
+def _is_exactly(n, m, mask): return mask.ndim>1 and mask.shape[1]%m==0 and n_kept(mask)==mask.numel()*n//m and is_nm(mask, n, m)
+
 def _are_dense(params): return all(p.n_kept==p.numel for p in params)
 
 def _checked(p, criterion, context):
@@ -379,6 +388,7 @@ def _draw(generator, eligible, n):
 # %% ../../nbs/15a_callback.dynamic.ipynb #c27a41ce
 class DynamicSparseTrainingCallback(DropAndGrow, abstract=True):
     "Trains a network that stays sparse: drops its weakest connections and grows others"
+    name = 'dynamic_sparse_training'
     def __init__(self,
                  sparsity:float=None, # Share of zeros, in [0,1); default: that of the model's masks, or .9 (for N:M, the pattern's) if it has none
                  keep_f=magnitude, # Score of connections to keep: `(param, mask, grad, generator) -> scores`
@@ -397,7 +407,7 @@ class DynamicSparseTrainingCallback(DropAndGrow, abstract=True):
                  seed:int=0, # Seed of new masks and random scores; the global generators are not touched
                 ):
         if sparsity is not None and check_number(self, 'sparsity', sparsity, 0, 1)==1: raise ValueError(f"{type(self).__name__}: sparsity must be below 1, got 1")
-        if type(seed) is not int: raise TypeError(f"{type(self).__name__}: seed must be a whole number, got {seed!r}")
+        if isinstance(seed, bool) or not isinstance(seed, Integral): raise TypeError(f"{type(self).__name__}: seed must be a whole number, got {seed!r}")
         check_number(self, 'fraction', fraction, 0, 1)
         if check_number(self, 'every', every, 0)==0: raise ValueError(f"{type(self).__name__}: every must be above 0, got {every}")
         if check_number(self, 'T_end', T_end, 0, 1)==0: raise ValueError(f"{type(self).__name__}: T_end must be above 0, got {T_end}")
@@ -405,31 +415,37 @@ class DynamicSparseTrainingCallback(DropAndGrow, abstract=True):
         check_bool(self, 'replace_step', replace_step)
         check_number(self, 'num_grads', num_grads, 0)
         check_number(self, 'grad_decay', grad_decay, 0, 1)
-        super().__init__(sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay, params, sparse_init_f, mask_type, seed)
+        if isinstance(every, Integral): every = int(every)
+        super().__init__(sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay, params, sparse_init_f, mask_type, int(seed))
         store_attr('sparsity,fraction,every,T_end,schedule,sparse_init_f')
 
     @property
-    def window(self): return self._done,self._done+self.T_end*self.n_epoch
+    def window(self):
+        if self.learn is None or self._seen is None: raise RuntimeError(f"{type(self).__name__}: T_end is a share of a fit, so that the window is known from its first batch on, while the Learner has the callback")
+        return self._done,self._done+self.T_end*self.n_epoch
 
 # %% ../../nbs/15a_callback.dynamic.ipynb #34e960f9
 SET_kwargs = dict(keep_f=magnitude, grow_f=random_scores, num_grads=0, replace_step=False)
 SNFS_kwargs = {**SET_kwargs, 'grow_f':gradient, 'redistribute_f':gradient, 'num_grads':22, 'grad_decay':.9, 'fraction':.5}
 RigL_kwargs = {**SET_kwargs, 'grow_f':gradient, 'num_grads':1, 'replace_step':True}
 
-@delegates(DynamicSparseTrainingCallback)
-def SET(sparsity:float=None, # Share of zeros, in [0,1); default: that of the model's masks, or .9 if it has none
-        **kwargs)->DynamicSparseTrainingCallback:
+@delegates()
+class SET(DynamicSparseTrainingCallback, abstract=True):
     "Sparse evolutionary training: grows at random, so that no dense gradient is ever needed ([Mocanu et al., 2018](https://arxiv.org/abs/1707.04780))"
-    return DynamicSparseTrainingCallback(sparsity, **{**SET_kwargs, **kwargs})
+    def __init__(self,
+                 sparsity:float=None, # Share of zeros, in [0,1); default: that of the model's masks, or .9 if it has none
+                 **kwargs): super().__init__(sparsity, **{**SET_kwargs, **kwargs})
 
-@delegates(DynamicSparseTrainingCallback)
-def SNFS(sparsity:float=None, # Share of zeros, in [0,1); default: that of the model's masks, or .9 if it has none
-         **kwargs)->DynamicSparseTrainingCallback:
+@delegates()
+class SNFS(DynamicSparseTrainingCallback, abstract=True):
     "Sparse networks from scratch: grows by the gradient's running mean, in the layers where that is large ([Dettmers and Zettlemoyer, 2019](https://arxiv.org/abs/1907.04840))"
-    return DynamicSparseTrainingCallback(sparsity, **{**SNFS_kwargs, **kwargs})
+    def __init__(self,
+                 sparsity:float=None, # Share of zeros, in [0,1); default: that of the model's masks, or .9 if it has none
+                 **kwargs): super().__init__(sparsity, **{**SNFS_kwargs, **kwargs})
 
-@delegates(DynamicSparseTrainingCallback)
-def RigL(sparsity:float=None, # Share of zeros, in [0,1); default: that of the model's masks, or .9 if it has none
-         **kwargs)->DynamicSparseTrainingCallback:
+@delegates()
+class RigL(DynamicSparseTrainingCallback, abstract=True):
     "The rigged lottery: grows where the gradient of the batch is largest ([Evci et al., 2020](https://arxiv.org/abs/1911.11134))"
-    return DynamicSparseTrainingCallback(sparsity, **{**RigL_kwargs, **kwargs})
+    def __init__(self,
+                 sparsity:float=None, # Share of zeros, in [0,1); default: that of the model's masks, or .9 if it has none
+                 **kwargs): super().__init__(sparsity, **{**RigL_kwargs, **kwargs})
