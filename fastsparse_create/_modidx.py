@@ -799,6 +799,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                                           'fastsparse_create/callback/pruning.py'),
                                                     'fastsparse_create.callback.pruning.PruningModifier._is_ahead': ( 'callback.pruning.html#pruningmodifier._is_ahead',
                                                                                                                       'fastsparse_create/callback/pruning.py'),
+                                                    'fastsparse_create.callback.pruning.PruningModifier._pass_over_sparse_layers': ( 'callback.pruning.html#pruningmodifier._pass_over_sparse_layers',
+                                                                                                                                     'fastsparse_create/callback/pruning.py'),
                                                     'fastsparse_create.callback.pruning.PruningModifier._warn_of_minimum': ( 'callback.pruning.html#pruningmodifier._warn_of_minimum',
                                                                                                                              'fastsparse_create/callback/pruning.py'),
                                                     'fastsparse_create.callback.pruning.PruningModifier.before_fit': ( 'callback.pruning.html#pruningmodifier.before_fit',

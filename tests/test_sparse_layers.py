@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from hypothesis import given,strategies as st
 from fastsparse_create.masking import *
 from fastsparse_create.callback.dynamic import *
+from fastsparse_create.callback.pruning import *
 from fastsparse_create.compact import *
 from fastsparse_create.sparse import inference
 from fastsparse_create.sparse.inference import *
@@ -655,6 +656,21 @@ def test_finds_the_connections_that_masks_find(method, opt_func):
     for a,b in zip(masked_params(masked), sparse_params(model)):
         assert a.name==b.name and torch.equal(a.mask, b.mask)
         torch.testing.assert_close(a.param.data, b.weight, rtol=1e-6, atol=1e-9)
+
+@pytest.mark.parametrize('cls', [GMPruningModifier,GlobalMagnitudePruningModifier,MagnitudePruningModifier])
+def test_pruning_says_that_sparse_layers_stay(cls, caplog):
+    "Their connections are for drop-and-grow to change; by name they are refused"
+    model = mlp(d_hid=64)
+    sparsify_model(model, .8)
+    sparse_layers_(model, .5, 4000)
+    p, = sparse_params(model)
+    connections,learn = p.mask.clone(),tiny_learner(model)
+    with pytest.raises(ValueError, match=f"^(.|\n)*{cls.__name__}: '{p.name}' is the weight of a SparseLinear, .* make it dense with dense_layers_"):
+        learn.fit(1, cbs=cls(.1, .9, 0., 1., .5, params=[p.name]))
+    pruner = cls(.1, .9, 0., 2., .5)
+    for _ in range(2): learn.fit(1, cbs=pruner)
+    assert caplog.text.count(f"{cls.__name__}: SparseLinear layers stay as they are, dense_layers_ makes them dense: {p.name}")==1
+    assert p.mask.equal(connections)
 
 _ranks = '''
 import os,sys,torch,torch.distributed as dist

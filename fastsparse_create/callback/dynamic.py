@@ -80,6 +80,7 @@ class MaskUpdate:
 # %% ../../nbs/15a_callback.dynamic.ipynb #477c1e19
 class DropAndGrow(PruningModifier, abstract=True):
     "What all dynamic sparse training shares: exchanges connections inside of its `window` of epochs"
+    takes_sparse_layers = True
     def __init__(self, sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay,
                  params, sparse_init_f, mask_type, seed, start_epoch=-1., end_epoch=-1., update_frequency=-1., leave_enabled=True):
         super().__init__(params, start_epoch, end_epoch, update_frequency, leave_enabled)

@@ -16,11 +16,13 @@ from ..masks.structured import *
 from ..masks.nm import *
 from ..schedule import *
 from ..selection import *
+from ..sparse.linear import *
 
 # %% ../../nbs/11_callback.pruning.ipynb #9a664503
 class PruningModifier(Modifier, abstract=True):
     "Owns the masks of `params` between `start_epoch` and `end_epoch`"
     calculator = Unstructured()
+    takes_sparse_layers = False # Is it right for `SparseLinear` layers, too?
     def __init__(self, params, start_epoch, end_epoch, update_frequency, leave_enabled):
         super().__init__(start_epoch, end_epoch, update_frequency)
         self.params,self.leave_enabled = check_params(self, params or '__ALL_PRUNABLE__'),check_bool(self, 'leave_enabled', leave_enabled)
@@ -30,12 +32,20 @@ class PruningModifier(Modifier, abstract=True):
         self._released,self._at_minimum = False,[]
 
     def before_fit(self):
+        is_new = self._seen is not self.learn
         super().before_fit()
+        if is_new and not self.takes_sparse_layers: self._pass_over_sparse_layers()
         _refuse_overlaps(self.learn)
         self._names = self.choose()
         self._released |= self._ended_before(self.resumed_at)
         self._params = attach_masks(self.model, self._names, enforce=not self._released)
         MaskEnforcer.ensure(self.learn).before_fit()
+
+    def _pass_over_sparse_layers(self):
+        entries,stored = [self.params] if isinstance(self.params, str) else self.params,[p.name for p in sparse_params(self.model)]
+        for n in stored:
+            if n in entries: raise ValueError(f"{type(self).__name__}: {n!r} is the weight of a SparseLinear, whose connections only SET, SNFS and RigL exchange: make it dense with dense_layers_")
+        if stored and {'__ALL__','__ALL_PRUNABLE__'} & {e.upper() for e in entries}: logger.warning(f"{type(self).__name__}: SparseLinear layers stay as they are, dense_layers_ makes them dense: {', '.join(stored)}")
 
     def selected(self)->list: # Names of parameters
         "What `params` stands for"
@@ -233,6 +243,7 @@ class GlobalMagnitudePruningModifier(GMPruningModifier):
 # %% ../../nbs/11_callback.pruning.ipynb #3b0a5891
 class ConstantPruningModifier(PruningModifier):
     "Holds the zeros of a sparse model where they are"
+    takes_sparse_layers = True
     def __init__(self,
                  params='__ALL_PRUNABLE__', # What to hold, see `select`
                  start_epoch:float=-1., # Epoch to hold them from
