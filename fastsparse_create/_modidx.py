@@ -547,6 +547,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'fastsparse_create/callback/dynamic.py'),
                                                     'fastsparse_create.callback.dynamic._mean': ( 'callback.dynamic.html#_mean',
                                                                                                   'fastsparse_create/callback/dynamic.py'),
+                                                    'fastsparse_create.callback.dynamic._preset': ( 'callback.dynamic.html#_preset',
+                                                                                                    'fastsparse_create/callback/dynamic.py'),
                                                     'fastsparse_create.callback.dynamic._scores': ( 'callback.dynamic.html#_scores',
                                                                                                     'fastsparse_create/callback/dynamic.py'),
                                                     'fastsparse_create.callback.dynamic._stored_picker': ( 'callback.dynamic.html#_stored_picker',

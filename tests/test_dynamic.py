@@ -1,5 +1,5 @@
 "Dynamic sparse training: which connections are exchanged, when, and that nothing else is touched"
-import os,pickle,subprocess,sys,pytest,torchvision
+import inspect,os,pickle,subprocess,sys,pytest,torchvision
 from hypothesis import example,given,settings,strategies as st
 from utils import *
 from fastsparse_create.sparse.linear import *
@@ -898,6 +898,13 @@ def test_presets_are_classes_that_fastai_makes():
     assert [type(cb) for cb in learn.cbs if isinstance(cb, DynamicSparseTrainingCallback)]==[RigL] and isinstance(learn.dynamic_sparse_training, RigL)
     learn.remove_cb(RigL)
     assert not any(isinstance(cb, DynamicSparseTrainingCallback) for cb in learn.cbs)
+
+@pytest.mark.parametrize('method,kwargs', [(SET,SET_kwargs),(SNFS,SNFS_kwargs),(RigL,RigL_kwargs)])
+def test_presets_show_their_defaults(method, kwargs):
+    shown = {n:p.default for n,p in inspect.signature(method).parameters.items()}
+    usual = {n:p.default for n,p in inspect.signature(DynamicSparseTrainingCallback).parameters.items()}
+    made = method()
+    assert shown=={**usual, **kwargs} and all(getattr(made, n)==v for n,v in shown.items())
 
 def test_numbers_of_numpy_are_numbers():
     found = []

@@ -430,21 +430,30 @@ SET_kwargs = dict(keep_f=magnitude, grow_f=random_scores, num_grads=0, replace_s
 SNFS_kwargs = {**SET_kwargs, 'grow_f':gradient, 'redistribute_f':gradient, 'num_grads':22, 'grad_decay':.9, 'fraction':.5}
 RigL_kwargs = {**SET_kwargs, 'grow_f':gradient, 'num_grads':1, 'replace_step':True}
 
-@delegates()
+def _preset(kwargs):
+    "As `delegates`, with the defaults that the preset has"
+    def shown(cls):
+        init = delegates()(cls).__init__
+        signature = inspect.signature(init)
+        init.__signature__ = signature.replace(parameters=[p.replace(default=kwargs.get(n, p.default)) for n,p in signature.parameters.items()])
+        return cls
+    return shown
+
+@_preset(SET_kwargs)
 class SET(DynamicSparseTrainingCallback, abstract=True):
     "Sparse evolutionary training: grows at random, so that no dense gradient is ever needed ([Mocanu et al., 2018](https://arxiv.org/abs/1707.04780))"
     def __init__(self,
                  sparsity:float=None, # Share of zeros, in [0,1); default: that of the model's masks, or .9 if it has none
                  **kwargs): super().__init__(sparsity, **{**SET_kwargs, **kwargs})
 
-@delegates()
+@_preset(SNFS_kwargs)
 class SNFS(DynamicSparseTrainingCallback, abstract=True):
     "Sparse networks from scratch: grows by the gradient's running mean, in the layers where that is large ([Dettmers and Zettlemoyer, 2019](https://arxiv.org/abs/1907.04840))"
     def __init__(self,
                  sparsity:float=None, # Share of zeros, in [0,1); default: that of the model's masks, or .9 if it has none
                  **kwargs): super().__init__(sparsity, **{**SNFS_kwargs, **kwargs})
 
-@delegates()
+@_preset(RigL_kwargs)
 class RigL(DynamicSparseTrainingCallback, abstract=True):
     "The rigged lottery: grows where the gradient of the batch is largest ([Evci et al., 2020](https://arxiv.org/abs/1911.11134))"
     def __init__(self,
