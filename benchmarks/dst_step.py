@@ -23,7 +23,7 @@ def update_ms(method, n_updates):
     model = nn.Sequential(nn.Flatten(), nn.Linear(3*64*64,960), nn.ReLU(), nn.Linear(960,256), nn.ReLU(), nn.Linear(256,10))
     batch = torch.randn(64,3,64,64),torch.randint(0,10,(64,))
     learn = Learner(DataLoaders([batch]*(2*n_updates+2), []), model, loss_func=nn.CrossEntropyLoss(), opt_func=partial(SGD, mom=.9), lr=1e-3)
-    dst,seconds = method(.9, every=2, T_end=1.),[]
+    dst,seconds = method(.9, every=1 if method is RigL else 2, T_end=1.),[]  # RigL's updates take the place of one step more
     exchange = dst._exchange
     def timed():
         began = time.process_time()
