@@ -6,7 +6,6 @@
 __all__ = ['plot_schedule', 'plot_mask', 'plot_sparsity_by_layer']
 
 # %% ../nbs/31_plots.ipynb #e86d09eb
-import inspect
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator,PercentFormatter
 from fastai.basics import *
@@ -83,9 +82,9 @@ def _short(o, n=36):
 
 def _changed(m):
     "The arguments of `m` that are not its window's, nor defaults"
-    defaults = {k:p.default for k,p in inspect.signature(type(m)).parameters.items()}
+    defaults = {k:p.default for k,p in parameters_of(type(m)).items()}
     hidden = 'start_epoch','end_epoch','update_frequency'
-    args = {k:v for k,v in m.args().items() if k not in hidden and v not in (defaults[k],[])}
+    args = {k:v for k,v in m.args().items() if k not in hidden and (v!=[] if isinstance(v, list) else v!=defaults[k])}
     flat = [o for k,v in args.items() for o in (v.items() if isinstance(v, dict) else [(k,v)])]
     return ', '.join(f'{k} {_short(v)}' for k,v in flat)
 

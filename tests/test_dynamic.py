@@ -876,21 +876,28 @@ def test_masks_of_another_pattern_are_refused(kind):
     learn = sparse_learner(.5)
     with pytest.raises(ValueError, match=f"the mask of '0.weight' is not of mask_type '{kind}'"): learn.fit(1, cbs=RigL(every=2, mask_type=kind, params=['0.weight','2.weight']))
 
-@pytest.mark.parametrize('kind,mask_type,is_told', [('2:4','unstructured',True), ('1:4','unstructured',True), ('2:4','2:4',False), ('unstructured','unstructured',False)])
-def test_a_pattern_that_would_be_lost_is_told(kind, mask_type, is_told, caplog):
-    learn = tiny_learner()
-    sparsify_model(learn, ifnone(getattr(get_mask_type(kind), 'sparsity', None), .5), ['0.weight','2.weight'], uniform, mask_type=kind)
-    learn.fit(1, cbs=RigL(every=2, mask_type=mask_type, params=['0.weight','2.weight']))
-    assert (f"RigL: the masks are {kind}, which is lost when connections are exchanged one by one: mask_type='{kind}' keeps it" in caplog.text)==is_told
+@pytest.mark.parametrize('kind,mask_type,fraction,is_told', [
+    ('2:4','unstructured',.3,True), ('1:4','unstructured',.3,True), ('1:8','unstructured',.3,True), ('4:8','unstructured',.3,True), ('2:4','2:4',.3,False), ('unstructured','unstructured',.3,False), ('2:4','unstructured',0,False)])
+def test_an_nm_pattern_that_would_be_lost_is_told(kind, mask_type, fraction, is_told, caplog):
+    "Of the layers that have it, by its own name: 2:4 is 4:8 as well"
+    learn = tiny_learner(mlp(16,32,2), shape=(16,))
+    sparsify_model(learn, ifnone(getattr(get_mask_type(kind), 'sparsity', None), .5), ['0.weight'], uniform, mask_type=kind)
+    if mask_type=='unstructured': sparsify_model(learn, .5, ['2.weight'])
+    learn.fit(1, cbs=RigL(every=2, fraction=fraction, mask_type=mask_type))
+    told = f"RigL: masks are {kind}, which is lost when connections are exchanged one by one, mask_type='{kind}' keeps it: 0.weight\n"
+    assert caplog.text.count('masks are')==caplog.text.count(told)==is_told
 
 def test_masks_of_frozen_layers_keep_what_they_have_learned():
     "Weights that are frozen have been trained elsewhere: the largest stay, as they are; later fits go on from there"
     learn = tiny_learner()
     learn.model[0].requires_grad_(False)
     before = learn.model[0].weight.clone()
-    learn.fit(1, cbs=RigL(.5, every=2, params=['0.weight']))
-    p, = masked_params(learn.model)
+    learn.fit(1, 0., cbs=RigL(.5, fraction=0, sparse_init_f=uniform, params=['0.weight','2.weight']))
+    fresh = tiny_learner()
+    fresh.fit(1, 0., cbs=RigL(.5, fraction=0, sparse_init_f=uniform, params=['2.weight']))
+    (p,q),(random,) = masked_params(learn.model),masked_params(fresh.model)
     assert p.mask.equal(keep_highest(before.abs(), before.numel()//2)) and p.param.equal(before*p.mask)
+    assert q.mask.equal(random.mask) and q.param.equal(random.param)
 
 def test_presets_are_classes_that_fastai_makes():
     learn = tiny_learner()
@@ -906,6 +913,13 @@ def test_presets_show_their_defaults(method, kwargs):
     made = method()
     assert shown=={**usual, **kwargs} and all(getattr(made, n)==v for n,v in shown.items())
 
+def test_presets_can_be_the_base_of_ones_own():
+    class Weakest(RigL, abstract=True):
+        def __init__(self, sparsity=.8, **kwargs): super().__init__(sparsity, **kwargs)
+    cb = Weakest(every=7)
+    assert cb.args()=={**RigL(.8, every=7).args()} and repr(cb)==repr(RigL(.8, every=7)).replace('RigL', 'Weakest')
+    tiny_learner().fit(1, cbs=cb)
+
 def test_numbers_of_numpy_are_numbers():
     found = []
     for number in (int,np.int64):
@@ -913,12 +927,12 @@ def test_numbers_of_numpy_are_numbers():
         learn.fit(2, cbs=SET(.5, every=number(3), seed=number(7)))
         found.append((masks(learn.model),[u.batch for u in learn.recorder.mask_updates]))
     assert same(found[0][0], found[1][0]) and found[0][1]==found[1][1]
-    assert RigL(np.float32(.5), T_end=np.float32(.5)).T_end==.5
 
-def test_no_window_without_a_fit():
+def test_no_drop_fraction_without_a_fit():
     cb,learn = RigL(.6, every=2),tiny_learner()
     for _ in range(2):
         with pytest.raises(RuntimeError, match='RigL: T_end is a share of a fit'): cb.fraction_at(1.)
+        assert not hasattr(cb, 'window')
         learn.fit(1, cbs=cb)
     learn.add_cb(cb)
     learn.fit(2)

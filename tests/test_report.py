@@ -258,6 +258,10 @@ def test_schedule_epochs(n_epoch, expected):
     ax = plot_schedule([MagnitudePruningModifier('__FROM_PARAM__',.9,1,8,-1), ConstantPruningModifier(start_epoch=7.5), EpochRangeModifier(0,3)], n_epoch)
     assert ax.child_axes[-1].get_xlim()==(0,expected)
 
+def test_schedule_of_numpys_numbers():
+    found = [plot_schedule([MagnitudePruningModifier(number(.05), number(.9), 1, 8, -1)]).child_axes for number in (float,np.float64)]
+    assert [line(axes[0])[1].tolist() for axes in found][0]==[line(axes[0])[1].tolist() for axes in found][1]
+
 def test_schedule_of_a_recipe_and_of_nothing():
     ax = plot_schedule(Recipe.from_string("modifiers:\n  - !EpochRangeModifier\n    start_epoch: 0\n    end_epoch: 3"))
     assert len(ax.child_axes)==1 and ax.child_axes[0].get_xlim()==(0,3)

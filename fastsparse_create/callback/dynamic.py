@@ -8,7 +8,6 @@ __all__ = ['SET_kwargs', 'SNFS_kwargs', 'RigL_kwargs', 'drop_and_grow', 'MaskUpd
 
 # %% ../../nbs/15a_callback.dynamic.ipynb #c7cd0738
 from dataclasses import dataclass
-from numbers import Integral
 from fastai.basics import *
 from fastai.callback.training import GradientAccumulation
 from .core import *
@@ -127,24 +126,13 @@ class DropAndGrow(PruningModifier, abstract=True):
         if not self.leave_enabled and 0<=self.end_epoch<=epoch: self.release()
         elif not self._started: self._start(epoch)
 
-    def _stored(self):
-        "The `SparseLinear` weights that `params` stands for, and the entries of `params` that stand for others"
-        found,others,names = set(),[],[p.name for p in sparse_params(self.model)]
-        for entry in [self.params] if isinstance(self.params, str) else [own_name(e, names) for e in self.params]:
-            is_broad = entry.upper() in ('__ALL__','__ALL_PRUNABLE__')
-            matched = matching(entry, names) if entry.startswith('re:') else []
-            mine = [n for n in names if is_broad or n==entry or n.startswith(f'{entry}.') or n in matched]
-            found.update(mine)
-            if not mine or (is_broad and prunable(self.model)): others.append(entry)
-        return [p for p in sparse_params(self.model) if p.name in found],others
-
     def selected(self):
         stored,others = self._stored()
         return [p.name for p in stored] + list(select(self.model, others))
 
     def choose(self):
         stored,others = self._stored()
-        names = fitting_params(self.model, others, self.calculator) if others else []
+        names = fitting_params(self.model, others, self.calculator)
         masked = [p for p in masked_params(self.model) if p.name in names]
         return [p.name for p in masked] if stored or not _are_dense(masked) else names
 
@@ -159,6 +147,7 @@ class DropAndGrow(PruningModifier, abstract=True):
         self._started,sparsity = True,self._sparsity
         if self._params and _are_dense(self._params): return self._make_masks(epoch)
         self._check_masks()
+        if type(self.calculator) is Unstructured and self._fraction and epoch<self.window[1]: self._tell_of_pattern()
         if sparsity is None or self.resumed_at: return
         found,numel = sum(p.numel-p.n_kept for p in self._params),sum(p.numel for p in self._params)
         shares = self._distribution([p.weight for p in self._params], sparsity)
@@ -174,15 +163,16 @@ class DropAndGrow(PruningModifier, abstract=True):
     def go_on(self): self._ever = {n:m.cpu() for n,m in self._ever.items()}
 
     def _check_masks(self):
-        if type(self.calculator) is Unstructured: return self._tell_of_pattern()
         for p in self._params:
-            if self.has_pattern(outputs_first(p, p.mask)): continue
+            if type(self.calculator) is Unstructured or self.has_pattern(outputs_first(p, p.mask)): continue
             raise ValueError(f"{type(self).__name__}: the mask of {p.name!r} is not of mask_type {self.mask_type!r}: give the one that it was made with")
 
     def _tell_of_pattern(self):
-        for n,m in ((1,2),(1,4),(2,4),(4,8)):
-            if self._params and all(_is_exactly(n, m, outputs_first(p, p.mask)) for p in self._params):
-                logger.warning(f"{type(self).__name__}: the masks are {n}:{m}, which is lost when connections are exchanged one by one: mask_type='{n}:{m}' keeps it")
+        "Exchanges one by one would undo N:M masks"
+        found = {p.name:pattern for p in self._params if (pattern := _nm_pattern(outputs_first(p, p.mask)))}
+        for pattern in set(found.values()):
+            names = ', '.join(n for n,o in found.items() if o==pattern)
+            logger.warning(f"{type(self).__name__}: masks are {pattern}, which is lost when connections are exchanged one by one, mask_type={pattern!r} keeps it: {names}")
 
     def has_pattern(self, mask):
         "Is it a mask that stays as it is if nothing is exchanged?"
@@ -190,12 +180,12 @@ class DropAndGrow(PruningModifier, abstract=True):
         except ValueError: return False
 
     def _make_masks(self, epoch):
-        "Random masks for networks that have not been trained; those of the largest weights later on, and of layers that are frozen: these have been trained elsewhere"
+        "Random masks for networks that have not been trained; those of the largest weights later on, and in layers that are frozen: these have been trained elsewhere"
         sparsity = ifnone(self._sparsity, self._pattern or .9)
-        is_new = epoch==0 and all(p.param.requires_grad for p in self._params)
-        sparsify_model(self.learn, sparsity, self._names, self._distribution, random_scores if is_new else magnitude, self.mask_type, seed=self.seed)
-        if is_new:
-            for p in self._params: keep_variance_(p.param, p.mask)
+        is_new = epoch==0
+        sparsify_model(self.learn, sparsity, self._names, self._distribution, _random_unless_frozen if is_new else magnitude, self.mask_type, seed=self.seed)
+        for p in self._params:
+            if is_new and p.param.requires_grad: keep_variance_(p.param, p.mask)
         self.learn.mask_enforcer.refresh()
         logger.info(f"{type(self).__name__}: {'random' if is_new else 'magnitude'} masks of sparsity {measured_sparsity(self.model, self._names):.4f}")
 
@@ -340,7 +330,14 @@ class DropAndGrow(PruningModifier, abstract=True):
         n_new,n_ever = sum(len(grown) for _,grown in changes),sum(map(n_kept, self._ever.values()))
         return MaskUpdate(batch, self.now, share, {n:1-k/max(1, numels[n]) for n,k in n_active.items()}, n_new/max(1, sum(n_active.values())), n_ever/max(1, sum(numels.values())))
 
-def _is_exactly(n, m, mask): return mask.ndim>1 and mask.shape[1]%m==0 and n_kept(mask)==mask.numel()*n//m and is_nm(mask, n, m)
+def _nm_pattern(mask):
+    "The tightest N:M that `mask` has; empty if it has none, or is so small that it may be one by chance"
+    for m in (2,4,8,16,32):
+        n,rest = divmod(n_kept(mask)*m, mask.numel())
+        if 0<n<m and not rest and mask.numel()>=16*m and mask.ndim>1 and mask.shape[1]%m==0 and is_nm(mask, n, m): return f'{n}:{m}'
+    return ''
+
+def _random_unless_frozen(param, generator, **_): return random_scores(param, generator) if param.requires_grad else magnitude(param)
 
 def _are_dense(params): return all(p.n_kept==p.numel for p in params)
 
@@ -408,7 +405,8 @@ class DynamicSparseTrainingCallback(DropAndGrow, abstract=True):
                  seed:int=0, # Seed of new masks and random scores; the global generators are not touched
                 ):
         if sparsity is not None and check_number(self, 'sparsity', sparsity, 0, 1)==1: raise ValueError(f"{type(self).__name__}: sparsity must be below 1, got 1")
-        if isinstance(seed, bool) or not isinstance(seed, Integral): raise TypeError(f"{type(self).__name__}: seed must be a whole number, got {seed!r}")
+        every,seed = (int(o) if isinstance(o, np.integer) else o for o in (every,seed))
+        if type(seed) is not int: raise TypeError(f"{type(self).__name__}: seed must be a whole number, got {seed!r}")
         check_number(self, 'fraction', fraction, 0, 1)
         if check_number(self, 'every', every, 0)==0: raise ValueError(f"{type(self).__name__}: every must be above 0, got {every}")
         if check_number(self, 'T_end', T_end, 0, 1)==0: raise ValueError(f"{type(self).__name__}: T_end must be above 0, got {T_end}")
@@ -416,14 +414,15 @@ class DynamicSparseTrainingCallback(DropAndGrow, abstract=True):
         check_bool(self, 'replace_step', replace_step)
         check_number(self, 'num_grads', num_grads, 0)
         check_number(self, 'grad_decay', grad_decay, 0, 1)
-        if isinstance(every, Integral): every = int(every)
-        super().__init__(sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay, params, sparse_init_f, mask_type, int(seed))
+        super().__init__(sparsity, keep_f, grow_f, redistribute_f, fraction, every, schedule, replace_step, num_grads, grad_decay, params, sparse_init_f, mask_type, seed)
         store_attr('sparsity,fraction,every,T_end,schedule,sparse_init_f')
 
     @property
-    def window(self):
-        if self.learn is None or self._seen is None: raise RuntimeError(f"{type(self).__name__}: T_end is a share of a fit, so that the window is known from its first batch on, while the Learner has the callback")
-        return self._done,self._done+self.T_end*self.n_epoch
+    def window(self): return self._done,self._done+self.T_end*self.n_epoch
+
+    def fraction_at(self, epoch):
+        if self.learn is None or self._seen is not self.learn: raise RuntimeError(f"{type(self).__name__}: T_end is a share of a fit, so that the drop fraction is known once a fit of its Learner has begun")
+        return super().fraction_at(epoch)
 
 # %% ../../nbs/15a_callback.dynamic.ipynb #34e960f9
 SET_kwargs = dict(keep_f=magnitude, grow_f=random_scores, num_grads=0, replace_step=False)

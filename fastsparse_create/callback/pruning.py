@@ -29,31 +29,41 @@ class PruningModifier(Modifier, abstract=True):
 
     def reset(self):
         super().reset()
-        self._released,self._at_minimum = False,[]
+        self._released,self._at_minimum,self._passed_over = False,[],[]
 
     def before_fit(self):
-        is_new = self._seen is not self.learn
         super().before_fit()
-        if is_new and not self.takes_sparse_layers: self._pass_over_sparse_layers()
+        if not self.takes_sparse_layers: self._pass_over_sparse_layers()
         _refuse_overlaps(self.learn)
         self._names = self.choose()
         self._released |= self._ended_before(self.resumed_at)
         self._params = attach_masks(self.model, self._names, enforce=not self._released)
         MaskEnforcer.ensure(self.learn).before_fit()
 
+    def _stored(self):
+        "The `SparseLinear` weights that `params` stands for, and the entries of `params` that stand for others"
+        found,others,names = set(),[],[p.name for p in sparse_params(self.model)]
+        for entry in [self.params] if isinstance(self.params, str) else [own_name(e, names) for e in self.params]:
+            matched = matching(entry, names) if entry.startswith('re:') else []
+            mine = [n for n in names if entry.upper() in ('__ALL__','__ALL_PRUNABLE__') or n==entry or n.startswith(f'{entry}.') or n in matched]
+            found.update(mine)
+            if not mine or select(self.model, entry, strict=False): others.append(entry)
+        return [p for p in sparse_params(self.model) if p.name in found],others
+
     def _pass_over_sparse_layers(self):
-        entries,stored = [self.params] if isinstance(self.params, str) else self.params,[p.name for p in sparse_params(self.model)]
-        for n in stored:
-            if n in entries: raise ValueError(f"{type(self).__name__}: {n!r} is the weight of a SparseLinear, whose connections only SET, SNFS and RigL exchange: make it dense with dense_layers_")
-        if stored and {'__ALL__','__ALL_PRUNABLE__'} & {e.upper() for e in entries}: logger.warning(f"{type(self).__name__}: SparseLinear layers stay as they are, dense_layers_ makes them dense: {', '.join(stored)}")
+        stored,others = self._stored()
+        names = [p.name for p in stored]
+        if len(others)<len(L(self.params)): raise ValueError(f"{type(self).__name__}: only dynamic sparse training exchanges connections of SparseLinear layers, make them dense with dense_layers_, or leave them out of params: {', '.join(names)}")
+        if names and names!=self._passed_over: logger.warning(f"{type(self).__name__}: SparseLinear layers stay as they are, dense_layers_ makes them dense: {', '.join(names)}")
+        self._passed_over = names
 
     def selected(self)->list: # Names of parameters
         "What `params` stands for"
-        return list(select(self.model, self.params))
+        return list(select(self.model, self._stored()[1]))
 
     def choose(self)->list: # Names of parameters
         "What to mask: the parameters of `params` that the pattern fits"
-        return fitting_params(self.model, self.params, self.calculator)
+        return fitting_params(self.model, self._stored()[1], self.calculator)
 
     def _ended_before(self, epoch): return epoch is not None and not self.leave_enabled and 0<=self.end_epoch<epoch
     def _is_ahead(self, batch, epoch, resumed, n_iter): return super()._is_ahead(batch, epoch, resumed, n_iter) and not self._released

@@ -6,7 +6,6 @@
 __all__ = ['as_data', 'from_data', 'noted', 'restore_noted', 'model_notes', 'restore_notes', 'fixed_shapes', 'load_like']
 
 # %% ../../nbs/18a_callback.state.ipynb #872398ff
-import inspect
 from contextlib import suppress
 from fastai.basics import *
 from .core import *
@@ -47,7 +46,7 @@ def noted(o, # A callback, or another object
          )->dict: # Name of an attribute -> data
     "What an object has noted: its attributes that are data, and no arguments"
     state = {}
-    for k in vars(o).keys()-_not_state-set(inspect.signature(type(o)).parameters):
+    for k in vars(o).keys()-_not_state-set(parameters_of(type(o))):
         with suppress(TypeError): state[k] = as_data(vars(o)[k])
     return {**state, **as_data(o.to_note())} if isinstance(o, Modifier) else state
 

@@ -68,6 +68,7 @@ class Experiment:
         self.plan(model, example)
         if self.wants_int8 and not self.can_export: raise ValueError(f"INT8 files need {' and '.join(missing_runtime())}: pip install fastsparse_create[onnx], or use optim_level 0")
         self.arch = self.case.arch(self.model, self.options)
+        self.deployed,self.with_exact_sums = None,None
         self.working_dir = Path(working_dir).expanduser()
         self.working_dir.mkdir(parents=True, exist_ok=True)
 
