@@ -657,6 +657,17 @@ def test_finds_the_connections_that_masks_find(method, opt_func):
         assert a.name==b.name and torch.equal(a.mask, b.mask)
         torch.testing.assert_close(a.param.data, b.weight, rtol=1e-6, atol=1e-9)
 
+@pytest.mark.parametrize('params,expected', [
+    ('__ALL_PRUNABLE__',['0.weight','2.weight','4.weight']), ('__ALL__',['0.weight','2.weight','4.weight']), ('re:.*weight',['0.weight','2.weight','4.weight']),
+    ('re:[02].weight',['0.weight','2.weight']), (['2','4.weight'],['2.weight','4.weight']), ('2.weight',['2.weight']), (['module.2.weight'],['2.weight'])])
+def test_params_stand_for_sparse_and_masked_layers(params, expected):
+    model = mlp(d_hid=64)
+    sparsify_model(model, .8)
+    sparse_layers_(model, .5, 4000)
+    learn = tiny_learner(model)
+    learn.fit(1, cbs=RigL(every=2, params=params))
+    assert list(learn.recorder.mask_updates[-1].sparsities)==expected and [p.name for p in sparse_params(model)]==['2.weight']
+
 @pytest.mark.parametrize('cls', [GMPruningModifier,GlobalMagnitudePruningModifier,MagnitudePruningModifier])
 def test_pruning_says_that_sparse_layers_stay(cls, caplog):
     "Their connections are for drop-and-grow to change; by name they are refused"
