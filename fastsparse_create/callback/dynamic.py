@@ -170,7 +170,7 @@ class DropAndGrow(PruningModifier, abstract=True):
     def _tell_of_pattern(self):
         "Exchanges one by one would undo N:M masks"
         found = {p.name:pattern for p in self._params if (pattern := _nm_pattern(outputs_first(p, p.mask)))}
-        for pattern in set(found.values()):
+        for pattern in dict.fromkeys(found.values()):
             names = ', '.join(n for n,o in found.items() if o==pattern)
             logger.warning(f"{type(self).__name__}: masks are {pattern}, which is lost when connections are exchanged one by one, mask_type={pattern!r} keeps it: {names}")
 
