@@ -85,7 +85,7 @@ class MaskHistory(TrainingCallback):
         check_params(self, params)
         check_number(self, 'every', every, 0, is_open=True)
         store_attr()
-        for entry in self._entries(): _check_pattern(entry)
+        for entry in self._entries(): stands_for(entry, [], 'MaskHistory: params')
         self._model,self.epochs,self._pictures = None,[],[]
 
     def fit_starts(self):
@@ -99,7 +99,7 @@ class MaskHistory(TrainingCallback):
     def _check(self):
         names = [*named_sites(self._model), *(p.name for p in sparse_params(self._model))]
         for entry in self._entries():
-            if any(_stands_for(entry, n) for n in names): continue
+            if stands_for(entry, names, 'MaskHistory: params'): continue
             near = get_close_matches(entry.removeprefix('re:'), names, 1, .4)
             raise ValueError(f"MaskHistory: params: {entry!r} matches no parameter of the model" + (f"; did you mean {near[0]!r}?" if near else ''))
 
@@ -118,8 +118,9 @@ class MaskHistory(TrainingCallback):
         while self._due<=epoch+1e-6: self._due += self.every
         while self.epochs and self.epochs[-1]>epoch-1e-6: self.epochs.pop(),self._pictures.pop()
         self.epochs.append(epoch)
-        masks = {n:m for n,m in _masks(self._model).items() if any(_stands_for(e, n) for e in self._entries())}
-        self._pictures.append({n:(np.packbits(m.numpy()),m.shape) for n,m in masks.items()})
+        masks = _masks(self._model)
+        meant = {n for e in self._entries() for n in stands_for(e, masks)}
+        self._pictures.append({n:(np.packbits(m.numpy()),m.shape) for n,m in masks.items() if n in meant})
 
     @property
     def names(self)->list:
@@ -134,13 +135,6 @@ class MaskHistory(TrainingCallback):
         if name not in self._pictures[i]: return torch.ones(next(p[name][1] for p in self._pictures if name in p), dtype=torch.bool)
         bits,shape = self._pictures[i][name]
         return torch.from_numpy(np.unpackbits(bits, count=shape.numel()).astype(bool)).view(shape)
-
-def _check_pattern(entry):
-    if entry.startswith('re:'): matching(entry, [], 'MaskHistory: params')
-
-def _stands_for(entry, name):
-    if entry.startswith('re:'): return bool(matching(entry, [name], 'MaskHistory: params'))
-    return entry.upper() in ('__ALL__','__ALL_PRUNABLE__') or name==entry or name.startswith(f'{entry}.')
 
 def _masks(model):
     "Name -> mask of all weights that have one, outputs first"
@@ -178,7 +172,7 @@ def _history(learn, name, where):
     history = learn if isinstance(learn, MaskHistory) else getattr(learn, 'mask_history', None)
     if history is None: raise ValueError(f"{where}: the learner has no MaskHistory, train with `cbs=MaskHistory()` and give that callback")
     if not history.names: raise ValueError(f"{where}: no mask was kept, as nothing that MaskHistory looks at was masked")
-    found = [n for n in history.names if name is None or _stands_for(name, n)]
+    found = history.names if name is None else stands_for(name, history.names, where)
     if len(found)!=1: raise ValueError(f"{where}: {name!r} stands for {len(found)} weights, choose one of {', '.join(found or history.names)}")
     return history,found[0]
 

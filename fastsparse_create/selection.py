@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['prunable_types', 'MAX_PATTERN', 'MAX_COUNT', 'MAX_SECONDS', 'Site', 'unwrap_model', 'named_sites', 'prunable',
-           'outputs_first', 'matching', 'own_name', 'select']
+           'outputs_first', 'matching', 'stands_for', 'own_name', 'select']
 
 # %% ../nbs/02_selection.ipynb #da2dc623
 import math,re,regex
@@ -89,6 +89,14 @@ def matching(entry:str, # `'re:...'`
         return [n for n in names if pattern.match(n, timeout=max(1e-3, end-perf_counter()))]
     except (re.error,regex.error,OverflowError,RecursionError) as e: raise ValueError(f"{where}: {entry!r:.80} is no regular expression: {e}") from None
     except TimeoutError: raise ValueError(f"{where}: {entry!r:.80} takes too long to match: make it simpler, without repetitions inside of others") from None
+
+def stands_for(entry:str, # An entry of `params`, see `select`
+               names, # Of parameters
+               where:str='params', # The argument that `entry` stands in, for messages
+              )->list: # Some of `names`
+    "The names that an entry means by its form alone: all, those that match, its own, or those of its layer"
+    if entry.upper() in ('__ALL__','__ALL_PRUNABLE__'): return list(names)
+    return matching(entry, names, where) if entry.startswith('re:') else [n for n in names if f'{n}.'.startswith(f'{entry}.')]
 
 # %% ../nbs/02_selection.ipynb #5a36ddee
 def own_name(name:str, # Of a parameter or layer

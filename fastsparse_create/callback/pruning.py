@@ -44,8 +44,7 @@ class PruningModifier(Modifier, abstract=True):
         "The `SparseLinear` weights that `params` stands for, and the entries of `params` that stand for others"
         found,others,names = set(),[],[p.name for p in sparse_params(self.model)]
         for entry in [self.params] if isinstance(self.params, str) else [own_name(e, names) for e in self.params]:
-            matched = matching(entry, names) if entry.startswith('re:') else []
-            mine = [n for n in names if entry.upper() in ('__ALL__','__ALL_PRUNABLE__') or n==entry or n.startswith(f'{entry}.') or n in matched]
+            mine = stands_for(entry, names)
             found.update(mine)
             if not mine or select(self.model, entry, strict=False): others.append(entry)
         return [p for p in sparse_params(self.model) if p.name in found],others

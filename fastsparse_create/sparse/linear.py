@@ -367,11 +367,9 @@ def _in_learner(model, opt):
 def _looked_at(model, params):
     "As `select`, but what is prunable, or matches what is stored sparsely already, may be nothing"
     sites,stored = select(model, params, strict=False),[p.name for p in sparse_params(model)]
-    def may_be_none(entry): return entry.upper() in ('__ALL__','__ALL_PRUNABLE__') or any(_stands_for(entry, n) for n in stored)
+    def may_be_none(entry): return entry.upper() in ('__ALL__','__ALL_PRUNABLE__') or stands_for(entry, stored)
     select(model, [e for e in ([params] if isinstance(params, str) else params) if not may_be_none(e)])
     return sites
-
-def _stands_for(entry, name): return bool(matching(entry, [name])) if entry.startswith('re:') else f'{name}.'.startswith(f'{entry}.')
 
 def _kept(site):
     "The connections of a weight: its enforced mask, or else its non-zero elements"
